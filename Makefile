@@ -1,0 +1,34 @@
+# Everything here runs from a fresh clone with Python 3.11 to 3.13, git and make.
+PYTHON ?= python3
+BIN    := .venv/bin
+UV     := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
+RAW    ?=
+export DVC_NO_ANALYTICS := 1
+
+.PHONY: quickstart test lab data env lock
+quickstart: env            ## the whole pipeline on the embedded data set, under 6 minutes on two cores
+	$(BIN)/dvc repro report@quickstart
+
+test: env                  ## every notebook's checks and all of tests/
+	$(BIN)/python -m pytest
+
+lab: env                   ## JupyterLab on the notebooks
+	$(BIN)/jupyter lab nbs
+
+data: env                  ## Omniglot into data/: downloaded, or with RAW=folder from files you have
+	$(BIN)/stanet data $(if $(RAW),import omniglot "$(RAW)",download omniglot)
+
+env: .venv/.synced         ## the locked environment in .venv, a few seconds
+
+lock:                      ## renew requirements.lock from pyproject.toml
+	$(UV) pip compile --universal --python-version 3.11 --generate-hashes --all-extras -q --custom-compile-command "make lock" -o requirements.lock pyproject.toml
+
+.venv/.synced: requirements.lock pyproject.toml | $(UV)
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v < (3, 14) else f"stanet needs Python 3.11 to 3.13, but $(PYTHON) is {v.major}.{v.minor}: make PYTHON=python3.12 ...")'
+	$(UV) venv -q --clear --python $(PYTHON) .venv
+	VIRTUAL_ENV=.venv $(UV) pip sync -q --require-hashes requirements.lock
+	VIRTUAL_ENV=.venv $(UV) pip install -q --no-deps --no-build-isolation -e .
+	@touch $@
+
+.uv/bin/uv:
+	$(PYTHON) -m venv .uv && .uv/bin/python -m pip install -q uv
