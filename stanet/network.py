@@ -6,7 +6,7 @@
 __all__ = ['SemanticBranch', 'STANet', 'network_size', 'build', 'save_network', 'load_network', 'from_pretrained', 'as_batch',
            'predict']
 
-# %% ../nbs/08_network.ipynb #8842eb29
+# %% ../nbs/08_network.ipynb #e035559b
 import json
 from pathlib import Path
 import torch
@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import nn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-import stanet.attention, stanet.embedding
+import stanet, stanet.attention, stanet.embedding
 from .attention import Maps, SpatialAttention, STALayer
 from .packs import atomic
 
-# %% ../nbs/08_network.ipynb #498c04c3
+# %% ../nbs/08_network.ipynb #22722219
 class SemanticBranch(nn.Module):
     "Average pool and a linear classifier over the global classes (eq. 11)."
     def __init__(self, n_ch: int, n_classes: int):
@@ -27,7 +27,7 @@ class SemanticBranch(nn.Module):
 
     def forward(self, C): return self.W_sem(C.mean((-2, -1)))  # (n, n_ch, h, w) -> logits (n, n_classes)
 
-# %% ../nbs/08_network.ipynb #9d130a5b
+# %% ../nbs/08_network.ipynb #ce5b6c3d
 class STANet(nn.Module):
     "STANet on a `backbone` with `n_ch` channels, for `way` classes a task."
     def __init__(self, backbone: nn.Module, way: int = 5, layers: int = 3, d_k: int = 64, d_v: int = 64, attention=SpatialAttention, n_semantic: int = 0, mean=(0.,), std=(1.,), **options):
@@ -64,12 +64,12 @@ class STANet(nn.Module):
             maps = maps.float()
             return self.classify(maps[support], labels, maps[query]), self.semantic(maps) if self.semantic else None
 
-# %% ../nbs/08_network.ipynb #135a1e71
+# %% ../nbs/08_network.ipynb #8bee7e78
 def network_size(net: nn.Module) -> int:
     "Trainable weights of everything used at test time: all but the semantic branch."
     return sum(p.numel() for n, p in net.named_parameters() if not n.startswith("semantic."))
 
-# %% ../nbs/08_network.ipynb #88a6d9f6
+# %% ../nbs/08_network.ipynb #898115ca
 def build(config: dict) -> STANet:
     "The network that `config` describes: backbone, channels, pools, width, way, layers, d_k, d_v, attention, n_semantic, mean, std, sigma."
     c = dict(config)
@@ -78,7 +78,7 @@ def build(config: dict) -> STANet:
     net.config = dict(config)
     return net.to(memory_format=torch.channels_last)
 
-# %% ../nbs/08_network.ipynb #f6953e35
+# %% ../nbs/08_network.ipynb #15722437
 def save_network(net: STANet, path, **about):
     "Weights and description in one safetensors file; `about` is kept beside them."
     tensors = {k: v.contiguous() for k, v in net.state_dict().items()}
@@ -97,23 +97,24 @@ def load_network(path) -> STANet:
     net.about = about
     return net.eval()
 
-# %% ../nbs/08_network.ipynb #49d0f539
+# %% ../nbs/08_network.ipynb #2df15726
 def from_pretrained(key) -> STANet:
     "The network of the run `key`, or in the file `key`."
-    path = Path(key) if Path(key).is_file() else next((p / "runs" / str(key) / "model.safetensors" for p in [*Path.cwd().resolve().parents, Path.cwd(), Path(__file__).resolve().parents[1]] if (p / "runs" / str(key) / "model.safetensors").is_file()), None)
-    if path is None: raise FileNotFoundError(f"no weights for {key!r}: neither a file nor a run with runs/{key}/model.safetensors")
-    return load_network(path)
+    places = [Path.cwd(), *Path.cwd().parents, Path(stanet.__file__).resolve().parents[1]]
+    found = [p for p in [Path(key), *(p / "runs" / str(key) / "model.safetensors" for p in places)] if p.is_file()]
+    if not found: raise FileNotFoundError(f"no weights for {key!r}: neither a file nor a run with runs/{key}/model.safetensors")
+    return load_network(found[0])
 
 STANet.from_pretrained = staticmethod(from_pretrained)
 
-# %% ../nbs/08_network.ipynb #380090ba
+# %% ../nbs/08_network.ipynb #4b789084
 def as_batch(pictures, size: int, channels: int) -> torch.Tensor:  # (n, c, size, size) in [0, 1]
     "PIL pictures as one batch, resized to `size` and converted to grey or colour."
     from torchvision.transforms.v2.functional import pil_to_tensor
     mode = {1: "L", 3: "RGB"}[channels]
     return torch.stack([pil_to_tensor(p.convert(mode).resize((size, size))) for p in pictures]).float() / 255
 
-# %% ../nbs/08_network.ipynb #ad2cd804
+# %% ../nbs/08_network.ipynb #a6d6c425
 @torch.no_grad()
 def predict(net: STANet, support, labels, query) -> torch.Tensor:  # probabilities (Q, way)
     "Classify the pictures `query` by the pictures `support` with their `labels`, all PIL images."

@@ -1,0 +1,40 @@
+"What the tests share: the project copied to a folder of its own, and commands run in it."
+import os, shutil, subprocess, sys
+from pathlib import Path
+import pytest, yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+
+
+def run(*command, cwd, check=True, **options):
+    "Run a command of this environment in `cwd`, with the package that lies there; returns the finished process with its output."
+    env = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(cwd), "DVC_NO_ANALYTICS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(list(map(str, command)), cwd=cwd, env=env, capture_output=True, text=True, **options)
+    if check and done.returncode: raise AssertionError(f"{' '.join(map(str, command))} ended with {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
+    return done
+
+
+def clone(folder) -> Path:
+    "The project's files as they are now, in a git repository of their own: what a fresh clone would hold."
+    files = run("git", "ls-files", "-co", "--exclude-standard", "-z", cwd=ROOT).stdout.split("\0")
+    for name in filter(None, files):
+        if not (ROOT / name).is_file(): continue
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, folder / name)
+    run("git", "init", "-q", "-b", "main", cwd=folder)
+    run("git", "add", "-A", cwd=folder)
+    run("git", "-c", "user.name=test", "-c", "user.email=test@localhost", "commit", "-q", "-m", "clone", cwd=folder)
+    return folder
+
+
+@pytest.fixture
+def project(tmp_path): return clone(tmp_path / "project with space")
+
+
+def edit_params(folder, change):
+    "Rewrite params.yaml with what `change` does to it."
+    path = folder / "params.yaml"
+    params = yaml.safe_load(path.read_text())
+    change(params)
+    path.write_text(yaml.safe_dump(params, sort_keys=False))

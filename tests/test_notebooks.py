@@ -1,0 +1,25 @@
+"Every notebook runs from top to bottom, and the package is what the notebooks export."
+import os
+import pytest
+from nbdev.test import test_nb as run_notebook
+from conftest import ROOT, run
+
+LIBRARY = sorted((ROOT / "nbs").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("notebook", [*LIBRARY, ROOT / "nbs" / "experiments" / "train.ipynb"], ids=lambda p: p.stem)
+def test_checks_pass(notebook, monkeypatch):
+    monkeypatch.chdir(notebook.parent)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    passed, _ = run_notebook(notebook, do_print=True, basepath=ROOT)
+    assert passed, f"{notebook.name}: a check failed, see above"
+
+
+def test_package_is_what_the_notebooks_export(project):
+    run("nbdev_export", cwd=project)
+    assert run("git", "status", "--porcelain", cwd=project).stdout == ""
+
+
+def test_notebooks_are_clean(project):
+    run("nbdev_clean", cwd=project)
+    assert run("git", "status", "--porcelain", cwd=project).stdout == ""
