@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['atomic', 'Pack', 'select', 'semantic_targets', 'digest', 'pack_digest', 'save_pack', 'load_pack', 'show_images']
 
-# %% ../nbs/01_packs.ipynb #923fdd8b
+# %% ../nbs/01_packs.ipynb #cd6fc791
 import hashlib, json, os, tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-# %% ../nbs/01_packs.ipynb #40fdef39
+# %% ../nbs/01_packs.ipynb #e81dad4e
 @contextmanager
 def atomic(path):
     "A temporary path beside `path`; renamed to it when the block ends well, removed when it does not."
@@ -29,7 +29,7 @@ def atomic(path):
     finally:
         Path(temporary).unlink(missing_ok=True)
 
-# %% ../nbs/01_packs.ipynb #9d3dc64b
+# %% ../nbs/01_packs.ipynb #028e68c4
 @dataclass
 class Pack:
     "Labelled images of one data set, held whole in memory."
@@ -51,7 +51,7 @@ class Pack:
     def __len__(self): return len(self.labels)
     def __repr__(self): return f"Pack {self.name}: {len(self):,} images {tuple(self.images.shape[1:])}, {len(self.classes):,} classes, {len(set(self.parents)):,} parents"
 
-# %% ../nbs/01_packs.ipynb #d7a53ae9
+# %% ../nbs/01_packs.ipynb #a7fba19a
 def select(pack: Pack, names: list) -> Pack:  # the images of the classes `names`, labels renumbered in that order
     "The part of `pack` that belongs to the classes `names`. An unknown name raises a `ValueError`."
     index = {c: i for i, c in enumerate(pack.classes)}
@@ -62,7 +62,7 @@ def select(pack: Pack, names: list) -> Pack:  # the images of the classes `names
     boxes = None if pack.boxes is None else pack.boxes[keep]
     return Pack(pack.images[keep], new[pack.labels[keep]], list(names), [pack.parents[i] for i in old.tolist()], boxes, pack.name)
 
-# %% ../nbs/01_packs.ipynb #1b6e670e
+# %% ../nbs/01_packs.ipynb #c14e4af0
 def semantic_targets(pack: Pack, level: str = "class") -> tuple[torch.Tensor, list]:  # targets (n,) and their names
     "Targets of the semantic loss for each image: its class, or with `level='parent'` its parent category."
     if level == "class": return pack.labels, list(pack.classes)
@@ -70,7 +70,7 @@ def semantic_targets(pack: Pack, level: str = "class") -> tuple[torch.Tensor, li
     names = sorted(set(pack.parents))
     return torch.tensor([names.index(p) for p in pack.parents])[pack.labels], names
 
-# %% ../nbs/01_packs.ipynb #c70f5907
+# %% ../nbs/01_packs.ipynb #e3ef2e94
 def digest(*tensors, text: str = "") -> str:
     "SHA-256 over the text and over the type, shape and bytes of each tensor."
     h = hashlib.sha256(text.encode())
@@ -79,7 +79,7 @@ def digest(*tensors, text: str = "") -> str:
         h.update(memoryview(t.contiguous().cpu().numpy()).cast("B") if t.numel() else b"")
     return h.hexdigest()
 
-# %% ../nbs/01_packs.ipynb #ad7600d5
+# %% ../nbs/01_packs.ipynb #0a561ce3
 def _content(pack):
     tensors = {"images": pack.images, "labels": pack.labels} | ({} if pack.boxes is None else {"boxes": pack.boxes})
     names = {"name": pack.name, "classes": pack.classes, "parents": pack.parents}
@@ -90,7 +90,7 @@ def pack_digest(pack: Pack) -> str:
     tensors, names = _content(pack)
     return digest(*(tensors[k] for k in sorted(tensors)), text=json.dumps(names, sort_keys=True))
 
-# %% ../nbs/01_packs.ipynb #3fe85418
+# %% ../nbs/01_packs.ipynb #c557fec4
 def save_pack(pack: Pack, path) -> str:  # the digest
     "Write `pack` to one safetensors file, whole or not at all, and return its digest."
     tensors, names = _content(pack)
@@ -99,7 +99,7 @@ def save_pack(pack: Pack, path) -> str:  # the digest
         save_file({k: t.contiguous() for k, t in tensors.items()}, temporary, metadata={"pack": json.dumps(names | {"sha256": sha}, sort_keys=True)})
     return sha
 
-# %% ../nbs/01_packs.ipynb #2223ebb8
+# %% ../nbs/01_packs.ipynb #a28603d2
 def load_pack(path) -> Pack:
     "Read a pack and check its digest. A missing, torn, foreign or changed file raises an error that names it."
     path = Path(path)
@@ -115,7 +115,7 @@ def load_pack(path) -> Pack:
     if pack_digest(pack) != sha: raise ValueError(f"{path}: its content is not what was saved (digest differs); remove it and import it again")
     return pack
 
-# %% ../nbs/01_packs.ipynb #cf5fda9f
+# %% ../nbs/01_packs.ipynb #5acc0e31
 def show_images(images, titles=None, columns: int = 10, boxes=None, size: float = 0.9, cmap: str = "gray"):
     "Draw images `(n, h, w, c)` in rows of `columns`, with titles and boxes where given; returns the matplotlib figure."
     import matplotlib.pyplot as plt

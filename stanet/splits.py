@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['Split', 'omniglot_split', 'omniglot_choice_split', 'quarter_turns', 'glyphs_split', 'make_split']
 
-# %% ../nbs/04_splits.ipynb #e38bce9a
+# %% ../nbs/04_splits.ipynb #0f6af3bb
 import random
 from dataclasses import dataclass
 import torch
 from .packs import Pack
 
-# %% ../nbs/04_splits.ipynb #55e939bb
+# %% ../nbs/04_splits.ipynb #5d320599
 @dataclass(frozen=True)
 class Split:
     "Names of the training, validation and test classes; no class stands in two of them."
@@ -24,26 +24,26 @@ class Split:
         twice = sorted({c for c in everything if everything.count(c) > 1}) if len(set(everything)) < len(everything) else []
         if twice: raise ValueError(f"{twice[0]!r} stands twice in the split ({len(twice)} classes do)")
 
-# %% ../nbs/04_splits.ipynb #db177ab2
+# %% ../nbs/04_splits.ipynb #791fb5fc
 def omniglot_split(pack: Pack) -> Split:
     "The 1,200 training and 423 test characters of Omniglot, evaluation half first."
     order = sorted(pack.classes, key=lambda c: (not c.startswith("evaluation/"), c))
     return Split(order[:1200], [], order[1200:])
 
-# %% ../nbs/04_splits.ipynb #93369c75
+# %% ../nbs/04_splits.ipynb #142612f4
 def omniglot_choice_split(pack: Pack) -> Split:
     "1,080 training characters and 120 others of Omniglot's training characters, for choices that must not see the test characters."
     training = omniglot_split(pack).train
     return Split([c for i, c in enumerate(training) if i % 10], [], training[::10])
 
-# %% ../nbs/04_splits.ipynb #8d30e864
+# %% ../nbs/04_splits.ipynb #b35a72af
 def quarter_turns(pack: Pack) -> Pack:
     "The pack with every class turned by 0, 90, 180 and 270 degrees: four times the classes and images."
     k = len(pack.classes)
     return Pack(torch.cat([pack.images.rot90(q, (1, 2)) for q in range(4)]), torch.cat([pack.labels + q * k for q in range(4)]),
                 [f"{c}@{90 * q}" for q in range(4) for c in pack.classes], pack.parents * 4, name=pack.name)
 
-# %% ../nbs/04_splits.ipynb #33dab025
+# %% ../nbs/04_splits.ipynb #8a32859e
 def glyphs_split(pack: Pack) -> Split:
     "A fifth of the characters of every script for test, drawn with a fixed seed; the rest for training."
     dice, test = random.Random(0), []
@@ -52,7 +52,7 @@ def glyphs_split(pack: Pack) -> Split:
         test += dice.sample(names, round(len(names) / 5))
     return Split([c for c in pack.classes if c not in set(test)], [], sorted(test))
 
-# %% ../nbs/04_splits.ipynb #edc4aaa6
+# %% ../nbs/04_splits.ipynb #4ad9f358
 def make_split(name: str, pack: Pack) -> Split:
     "The split `name` of `pack`. An unknown name raises a `ValueError` that lists the known ones."
     known = {k.removesuffix("_split"): v for k, v in globals().items() if k.endswith("_split") and k != "make_split"}

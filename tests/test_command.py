@@ -1,0 +1,28 @@
+"The `stanet` command: what a user gets wrong is answered in one line, and nothing is left behind."
+import pytest
+from conftest import edit_params, run
+
+
+@pytest.mark.parametrize("command, answer", [
+    (["data", "import", "omniglot", "no-such-folder"], "0 characters and 0 images found, Omniglot has 964 and 19280"),
+    (["data", "import", "imagenet", "."], "no data set 'imagenet'; there are omniglot"),
+    (["report", "table9"], "no report 'table9'; there are "),
+    (["train", "mini"], "no run 'mini' in params.yaml; there are "),
+    (["tasks", "omniglot-5w1s"], "no such pack; `stanet data import omniglot FOLDER` or `stanet data download omniglot` makes it"),
+    (["fit", "omniglot-5w1s-stanet1"], "no such pack; `stanet data import omniglot FOLDER` or `stanet data download omniglot` makes it"),
+], ids=lambda v: "-".join(v) if isinstance(v, list) else "")
+def test_one_line_of_error(project, command, answer):
+    done = run("stanet", *command, cwd=project, check=False)
+    assert done.returncode == 1 and answer in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert run("git", "status", "--porcelain", "--ignored", cwd=project).stdout == ""
+
+
+def test_all_problems_of_params_at_once(project):
+    def spoil(p):
+        p["runs"]["omniglot-5w1s-stanet1"].update(shot=3, lr=-1)
+        p["runs"]["omniglot-5w1s-stanet3"].update(attention="Spatial", recipe="omniglott")
+        p["runs"]["glyphs-5w1s-stanet3"].update(layer=3)
+    edit_params(project, spoil)
+    done = run("stanet", "check", cwd=project, check=False)
+    assert done.returncode == 1 and "params.yaml: 3 problems" in done.stderr
+    for field in ("omniglot-5w1s-stanet1.lr", "omniglot-5w1s-stanet3.recipe", "glyphs-5w1s-stanet3.layer"): assert f"runs.{field}" in done.stderr
