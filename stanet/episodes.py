@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Tasks', 'class_table', 'Episodes', 'gather', 'augment', 'draw_task_set', 'tasks_digest', 'save_tasks', 'load_tasks']
 
-# %% ../nbs/05_episodes.ipynb #01bb9249
+# %% ../nbs/05_episodes.ipynb #fff5ba08
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from .packs import atomic, digest
 
-# %% ../nbs/05_episodes.ipynb #04bea819
+# %% ../nbs/05_episodes.ipynb #c4a177e8
 class Tasks(NamedTuple):
     "Tasks as indices into the images of a pack."
     support: torch.Tensor  # (B, S) image indices
@@ -26,7 +26,7 @@ class Tasks(NamedTuple):
     def to(self, device): return Tasks(*(t.to(device) for t in self))
     def part(self, rows): return Tasks(*(t[rows] for t in self))
 
-# %% ../nbs/05_episodes.ipynb #0d5c00f5
+# %% ../nbs/05_episodes.ipynb #7eac10ec
 def class_table(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # (C, n_max) image indices padded with -1, (C,) counts
     "The images of each class."
     counts = labels.bincount()
@@ -36,19 +36,26 @@ def class_table(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # (
     table[labels[order], column] = order
     return table, counts
 
-# %% ../nbs/05_episodes.ipynb #bff8e5c7
+# %% ../nbs/05_episodes.ipynb #9a788afc
 class Episodes:
     "Draws batches of tasks from `labels`, on their device. A class with too few images, or too few classes, raises a `ValueError`."
-    def __init__(self, labels: torch.Tensor, way: int, shot: int, query: int, single: bool = False, classes: str = "uniform", seed: int = 0, names: list | None = None):
+    def __init__(self, labels: torch.Tensor, way: int, shot: int, query: int, single: bool = False, classes: str = "uniform", seed: int = 0, names: list | None = None, parents: torch.Tensor | None = None):
         self.table, self.counts = class_table(labels)
         self.way, self.shot, self.query, self.single, self.classes = way, shot, query, single, classes
         if way > len(self.counts): raise ValueError(f"{way}-way tasks need {way} classes, and there are {len(self.counts)}")
         if len(few := torch.nonzero(self.counts < shot + query).flatten()):
             raise ValueError(f"class {names[few[0]] if names else int(few[0])!r} has {int(self.counts[few[0]])} images, too few for {shot} shots and {query} queries")
+        self.parents = None if parents is None else parents.to(labels.device)
         self.generator = torch.Generator(labels.device).manual_seed(seed)
         self.deck = torch.empty(0, way, dtype=torch.int64, device=labels.device)
 
     def _rand(self, *shape): return torch.rand(shape, generator=self.generator, device=self.table.device)
+
+    def _siblings(self, n):  # -> (n, way), each row of one parent
+        large = torch.nonzero(self.parents.bincount() >= self.way).flatten()
+        if len(large) < n: raise ValueError(f"{n} tasks of siblings need {n} parents with {self.way} classes, and there are {len(large)}")
+        chosen = large[self._rand(len(large)).topk(n).indices]
+        return self._rand(n, len(self.counts)).masked_fill(self.parents != chosen[:, None], -1).topk(self.way).indices
 
     def _classes(self, n, distinct=False):  # -> (n, way)
         if self.classes == "uniform":
@@ -75,12 +82,13 @@ class Episodes:
         "The next `n` tasks."
         return self._deal(self._images(self._classes(n)))
 
-    def batch(self, n: int, mix: int = 1, part: slice = slice(None)) -> tuple[torch.Tensor, Tasks]:  # image indices (N,), tasks that point into these N
-        "The images of `n` tasks (or of the `part` of them that this process trains on), and the `mix` times as many tasks that are made of them."
-        images = self._images(self._classes(n, distinct=mix > 1))[part]
+    def batch(self, n: int, mix: int = 1, siblings: float = 0.0, part: slice = slice(None)) -> tuple[torch.Tensor, Tasks]:  # image indices (N,), tasks that point into these N
+        "The images of `n` tasks (or of the `part` of them that this process trains on), and the `mix` times as many tasks that are made of them, a share `siblings` of them of one parent each."
+        images = self._images(self._siblings(n) if siblings else self._classes(n, distinct=mix > 1))[part]
         place = torch.arange(images.numel(), device=images.device).view_as(images)
         if mix > 1:
             order = self._rand(mix, len(images) * self.way).argsort()
+            order[:round(mix * siblings)] = torch.arange(order.shape[1], device=order.device)
             place = place.flatten(0, 1)[order].view(-1, self.way, self.shot + self.query)
             place = place.gather(2, self._rand(*place.shape).argsort())
         return images.flatten(), self._deal(place)
@@ -91,12 +99,12 @@ class Episodes:
         self.generator.set_state(state["generator"])
         self.deck = state["deck"].to(self.table.device)
 
-# %% ../nbs/05_episodes.ipynb #4974cd3f
+# %% ../nbs/05_episodes.ipynb #7f685c1f
 def gather(images: torch.Tensor, index: torch.Tensor) -> torch.Tensor:  # float (n, c, h, w) in [0, 1]
     "The images `index` (any shape, n in all) of the uint8 tensor `images` `(N, h, w, c)`."
     return images[index.flatten()].permute(0, 3, 1, 2).float().div_(255)
 
-# %% ../nbs/05_episodes.ipynb #a8ffdbb6
+# %% ../nbs/05_episodes.ipynb #7cb12719
 def augment(images, generator, flip: bool = False, shift: float = 0., rotate: float = 0., scale: float = 0., colour: float = 0.):
     "Augment float images `(n, c, h, w)`: `shift` as a share of the side, `rotate` in degrees, `scale` and `colour` as relative ranges. Zeros leave the images alone."
     n, c = images.shape[:2]
@@ -111,7 +119,7 @@ def augment(images, generator, flip: bool = False, shift: float = 0., rotate: fl
     if colour: images = images * (1 + colour * uniform(n, c, 1, 1)) + colour / 2 * uniform(n, c, 1, 1)
     return images.contiguous(memory_format=torch.channels_last)
 
-# %% ../nbs/05_episodes.ipynb #c5c9525f
+# %% ../nbs/05_episodes.ipynb #b29d0302
 def draw_task_set(labels: torch.Tensor, way: int, shot: int, query: int, n: int, seed: int = 0, names=None) -> Tasks:
     "`n` test tasks with `query` queries a class, drawn on the CPU with a generator of their own."
     episodes = Episodes(labels.cpu(), way, shot, query, seed=seed, names=names)
@@ -122,7 +130,7 @@ def tasks_digest(tasks: Tasks) -> str:
     "SHA-256 of a task set."
     return digest(*tasks)
 
-# %% ../nbs/05_episodes.ipynb #d2fcea10
+# %% ../nbs/05_episodes.ipynb #53c81c8f
 def save_tasks(tasks: Tasks, path, pack: str):
     "Write a task set for the pack with the digest `pack`."
     with atomic(path) as temporary:

@@ -9,7 +9,7 @@ __all__ = ['app', 'data_app', 'DATASETS', 'Run', 'TaskSet', 'Params', 'problems_
            'check', 'fingerprints', 'glyphs', 'tasks', 'find_run', 'train_command', 'fit_command', 'report',
            'with_results', 'readme', 'main']
 
-# %% ../nbs/14_experiment.ipynb #7c8b4e11
+# %% ../nbs/14_experiment.ipynb #36753890
 import ast, copy, hashlib, json, os, platform, re, symtable, sys
 from importlib.metadata import version
 from pathlib import Path
@@ -24,11 +24,11 @@ from .episodes import draw_task_set, load_tasks, save_tasks, tasks_digest
 from .evaluation import accuracy, embed_images, score
 from .maps import box_scores
 from .network import build, network_size, save_network
-from .packs import Pack, atomic, digest, load_pack, pack_digest, save_pack, select, semantic_targets
+from .packs import Pack, atomic, class_parents, digest, load_pack, pack_digest, save_pack, select, semantic_targets
 from .splits import make_split, quarter_turns
 from .training import Count, Recipe, Share, train
 
-# %% ../nbs/14_experiment.ipynb #ae1a4c64
+# %% ../nbs/14_experiment.ipynb #9065c8f3
 class Run(Recipe):
     "One training with its test: the fields of a recipe and these."
     key: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")] = Field(description="name of the run and of its folder under runs/")
@@ -50,7 +50,7 @@ class Run(Recipe):
     validate_tasks: Annotated[int, Field(ge=0)] = Field(0, description="validation tasks for the curve in the history; 0 for none")
     validate_every: Count = Field(1000, description="steps between two validations")
 
-# %% ../nbs/14_experiment.ipynb #eded0e19
+# %% ../nbs/14_experiment.ipynb #40afb867
 class TaskSet(BaseModel):
     "A fixed set of test tasks."
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -62,7 +62,7 @@ class TaskSet(BaseModel):
     n: Count = Field(10000, description="tasks")
     seed: int = Field(0, description="of the draw")
 
-# %% ../nbs/14_experiment.ipynb #7cea508c
+# %% ../nbs/14_experiment.ipynb #523b5ea5
 class Params(BaseModel):
     "All runs and task sets of the project."
     runs: dict[str, Run]
@@ -73,7 +73,7 @@ def _definitions():  # top-level names of the package -> syntax tree
     named = lambda node: [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else [t.id for t in node.targets if isinstance(t, ast.Name)] if isinstance(node, ast.Assign) else []
     return {name: node for tree in trees for node in tree.body for name in named(node) if not name.startswith("__")}
 
-# %% ../nbs/14_experiment.ipynb #f2a4f9cc
+# %% ../nbs/14_experiment.ipynb #7539c1ae
 def problems_of(raw: dict) -> tuple[Params | None, list]:
     "The validated parameters, and a line for every problem in them."
     found, runs, recipes, names = [], {}, raw.get("recipes") or {}, _definitions()
@@ -95,7 +95,7 @@ def problems_of(raw: dict) -> tuple[Params | None, list]:
         runs[key] = run
     return (None, found) if found else (Params(runs=runs, task_sets=sets), found)
 
-# %% ../nbs/14_experiment.ipynb #31a70bd2
+# %% ../nbs/14_experiment.ipynb #64ba262f
 def root() -> Path:
     "The project's folder: the nearest one upwards with a `params.yaml`, from here or from the package."
     places = [Path.cwd(), *Path.cwd().parents, Path(stanet.__file__).resolve().parents[1]]
@@ -108,7 +108,7 @@ def load_params(path=None) -> Params:
     if found: raise ValueError(f"{path.name}: {len(found)} problem{'s' * (len(found) > 1)}\n" + "\n".join(f"  {p}" for p in found))
     return params
 
-# %% ../nbs/14_experiment.ipynb #8cb041bd
+# %% ../nbs/14_experiment.ipynb #a850ea72
 def _global_names(code: str) -> set:  # every name that `code` looks up outside itself, by Python's own scoping
     def names(scope):
         return {s.get_name() for s in scope.get_symbols() if s.is_global() or s.is_referenced() and scope.get_type() == "module"}.union(*map(names, scope.get_children()))
@@ -118,7 +118,7 @@ def fingerprint(names, definitions=None) -> str:
     "SHA-256 of the definitions reachable from `names`, docstrings left out. Left out too: parameter models, whose values count and not their texts, and the name of the scratch folder."
     return hashlib.sha256(json.dumps(reachable(names, definitions or _definitions()), sort_keys=True).encode()).hexdigest()
 
-# %% ../nbs/14_experiment.ipynb #e71ac5cb
+# %% ../nbs/14_experiment.ipynb #9bec701a
 def reachable(names, definitions: dict) -> dict:  # name -> syntax tree as text
     "The definitions that `names` use, and those that these use, and so on."
     seen, queue = {}, list(names)
@@ -132,7 +132,7 @@ def reachable(names, definitions: dict) -> dict:  # name -> syntax tree as text
         queue += sorted(_global_names(ast.unparse(node)))
     return seen
 
-# %% ../nbs/14_experiment.ipynb #ace531dc
+# %% ../nbs/14_experiment.ipynb #0bb73621
 def run_fingerprint(run: Run) -> str:
     "The fingerprint of what `run` executes and of all its parameters."
     code = fingerprint(["fit", "measure", run.backbone, run.attention, f"{run.split}_split"])
@@ -143,7 +143,7 @@ def notebook_fingerprint(path) -> str:
     cells = [c for c in json.loads(Path(path).read_text())["cells"] if c["cell_type"] == "code"]
     return hashlib.sha256("\n".join(ast.dump(ast.parse("".join(c["source"]))) for c in cells).encode()).hexdigest()
 
-# %% ../nbs/14_experiment.ipynb #c6769485
+# %% ../nbs/14_experiment.ipynb #8eefc05e
 def write_fingerprints(params: Params, folder):
     "One small file for each run, task set and pipeline notebook; a file whose content stays the same is not touched."
     nbs, folder = root() / "nbs", Path(folder)
@@ -156,7 +156,7 @@ def write_fingerprints(params: Params, folder):
         if not (folder / name).is_file() or (folder / name).read_text() != mark + "\n":
             with atomic(folder / name) as temporary: temporary.write_text(mark + "\n")
 
-# %% ../nbs/14_experiment.ipynb #8eac92d2
+# %% ../nbs/14_experiment.ipynb #122f98c1
 def prepare(run: Run, pack: Pack):  # -> network, training pack, semantic targets, split
     "An untrained network for `run`, with what it is trained on."
     split = make_split(run.split, pack)
@@ -169,7 +169,7 @@ def prepare(run: Run, pack: Pack):  # -> network, training pack, semantic target
     torch.manual_seed(run.seed)
     return build(config), training, targets, split
 
-# %% ../nbs/14_experiment.ipynb #7cb61363
+# %% ../nbs/14_experiment.ipynb #967c72c1
 def scratch_folder(run: Run, pack: Pack) -> Path:
     "Where the run keeps its states, by a hash of parameters, code and data."
     return root() / "scratch" / f"{run.key}-{hashlib.sha256((run_fingerprint(run) + pack_digest(pack)).encode()).hexdigest()[:16]}"
@@ -182,23 +182,23 @@ def fit(run: Run, pack: Pack):  # -> network, history, seconds
         unseen = select(pack, split.val)
         tasks = draw_task_set(unseen.labels, run.way, run.shot, 15, run.validate_tasks, seed=1, names=unseen.classes)
         validate = lambda net: accuracy(score(net, embed_images(net, unseen.images), tasks), 15 * run.way)[0]
-    return train(net, training.images, training.labels, targets, run.way, run.shot, run, scratch_folder(run, pack), training.classes, validate, run.validate_every)
+    return train(net, training.images, training.labels, targets, run.way, run.shot, run, scratch_folder(run, pack), training.classes, class_parents(training), validate, run.validate_every)
 
-# %% ../nbs/14_experiment.ipynb #02b4f16a
+# %% ../nbs/14_experiment.ipynb #a4ef3044
 def measure(run: Run, net, pack: Pack, tasks):  # -> correct answers of each task, maps of all test images, test pack
     "Score a trained network on the test tasks."
     unseen = select(pack, make_split(run.split, pack).test)
     maps = embed_images(net, unseen.images)
     return score(net, maps, tasks), maps, unseen
 
-# %% ../nbs/14_experiment.ipynb #14df8355
+# %% ../nbs/14_experiment.ipynb #e59cf826
 def describe_device() -> dict:
     "The device and the versions that a result depends on."
     cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), platform.processor()) if Path("/proc/cpuinfo").exists() else platform.processor()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cpu}, {torch.get_num_threads()} threads"
     return {"device": device, "python": platform.python_version(), **{p: version(p) for p in ("torch", "torchvision", "accelerate", "numpy")}}
 
-# %% ../nbs/14_experiment.ipynb #005fc0ea
+# %% ../nbs/14_experiment.ipynb #0434f8c2
 def metrics_of(run: Run, net, correct, tasks, extra: dict) -> dict:
     "The metrics of a run: accuracy, interval, and digests of what they were measured with."
     answers = tasks.query.shape[1]
@@ -218,7 +218,7 @@ def record(run: Run, net, history, seconds: float, correct, tasks, pack: Pack, e
         with atomic(folder / name) as temporary: temporary.write_text(json.dumps(content, indent=1) + "\n")
     return metrics
 
-# %% ../nbs/14_experiment.ipynb #39a199a7
+# %% ../nbs/14_experiment.ipynb #7e718760
 def execute(notebook, output, parameters: dict):
     "Run a notebook by papermill from the project's folder; unknown parameters and a missing `parameters` tag are refused. A failed notebook is kept under scratch/."
     import papermill
@@ -237,7 +237,7 @@ def execute(notebook, output, parameters: dict):
     with atomic(output) as temporary: temporary.write_text(json.dumps(nb, indent=1, ensure_ascii=False) + "\n")
     draft.unlink()
 
-# %% ../nbs/14_experiment.ipynb #550dd7e7
+# %% ../nbs/14_experiment.ipynb #7b69e574
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Few-shot learning with STANet: data, runs and reports.")
 data_app = typer.Typer(no_args_is_help=True, help="Real data sets, as packs under data/.")
 app.add_typer(data_app, name="data")
@@ -252,7 +252,7 @@ def _save_data(name, pack):
     sha = save_pack(pack, root() / "data" / f"{name}.safetensors")
     print(f"data/{name}.safetensors: {pack}, sha256 {sha[:16]}")
 
-# %% ../nbs/14_experiment.ipynb #4892bcee
+# %% ../nbs/14_experiment.ipynb #e58cc847
 @data_app.command("import")
 def data_import(name: str, path: Path):
     "Make the pack of NAME from the files under PATH."
@@ -269,7 +269,7 @@ def check():
     params = load_params()
     print(f"params.yaml: {len(params.runs)} runs and {len(params.task_sets)} task sets are in order")
 
-# %% ../nbs/14_experiment.ipynb #5714173f
+# %% ../nbs/14_experiment.ipynb #e9c67d8b
 @app.command()
 def fingerprints():
     "Write the fingerprints that the pipeline's stages depend on."
@@ -289,7 +289,7 @@ def tasks(name: str):
     unseen = select(pack, make_split(t.split, pack).test)
     save_tasks(draw_task_set(unseen.labels, t.way, t.shot, t.query, t.n, t.seed, unseen.classes), root() / "tasks" / f"{name}.safetensors", pack_digest(pack))
 
-# %% ../nbs/14_experiment.ipynb #93e0891a
+# %% ../nbs/14_experiment.ipynb #50933b0e
 def find_run(key: str) -> Run:
     "The run `key` of params.yaml."
     runs = load_params().runs
@@ -314,7 +314,7 @@ def report(name: str):
     if not source.is_file(): raise ValueError(f"no report {name!r}; there are {', '.join(sorted(p.stem for p in source.parent.glob('*.ipynb')))}")
     execute(source, root() / "results" / f"{name}.ipynb", {"name": name})
 
-# %% ../nbs/14_experiment.ipynb #23639940
+# %% ../nbs/14_experiment.ipynb #98011f4b
 def with_results(text: str, results) -> str:
     "`text` with the Markdown tables of the folder `results` between their marks."
     table = lambda mark: f"{mark[1]}\n{(Path(results) / f'{mark[2]}.md').read_text().strip()}\n<!-- end -->"
@@ -327,7 +327,7 @@ def readme():
     text = with_results(path.read_text(), root() / "results")
     with atomic(path) as temporary: temporary.write_text(text)
 
-# %% ../nbs/14_experiment.ipynb #54a202e8
+# %% ../nbs/14_experiment.ipynb #1c17a481
 def main():
     "The `stanet` command: errors that a user can cause are one line."
     try: app()
