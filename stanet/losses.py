@@ -5,21 +5,21 @@
 # %% auto #0
 __all__ = ['task_loss', 'semantic_loss', 'full_loss']
 
-# %% ../nbs/09_losses.ipynb #dcea5bc1
+# %% ../nbs/09_losses.ipynb #a8e87ce4
 import torch
 import torch.nn.functional as F
 
-# %% ../nbs/09_losses.ipynb #3a51af01
+# %% ../nbs/09_losses.ipynb #7b16edae
 def task_loss(logits, labels):  # (B, Q, way), (B, Q) -> ()
     "Mean log-loss of the queries (eq. 10)."
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten().long())
 
-# %% ../nbs/09_losses.ipynb #10b98e98
+# %% ../nbs/09_losses.ipynb #e772b0eb
 def semantic_loss(logits, targets):  # (n, n_semantic), (n,) or any shape of n -> ()
     "Mean log-loss of the global classes of all images (eq. 12)."
     return F.cross_entropy(logits, targets.flatten().long())
 
-# %% ../nbs/09_losses.ipynb #d4164caf
+# %% ../nbs/09_losses.ipynb #5e85e78a
 def full_loss(task, semantic=None, weight: float = 0.5):
     "Task loss plus `weight` times the semantic loss, if there is one (eq. 13)."
     return task if semantic is None else task + weight * semantic

@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['OMNIGLOT', 'decode', 'read_files', 'read_omniglot', 'download_omniglot']
 
-# %% ../nbs/02_sources.ipynb #70f751d1
+# %% ../nbs/02_sources.ipynb #21c4d3ff
 import warnings
 from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .packs import Pack
 
-# %% ../nbs/02_sources.ipynb #555f2abb
+# %% ../nbs/02_sources.ipynb #fc21df62
 def decode(path, size: int, mode: str) -> np.ndarray:  # uint8 (size, size, c)
     "One image file, resized to `size` with Lanczos resampling if it has another size. A file that is no image raises a `ValueError` that names it."
     try:
@@ -27,7 +27,7 @@ def decode(path, size: int, mode: str) -> np.ndarray:  # uint8 (size, size, c)
         raise ValueError(f"{path}: not a readable image ({error}); get the file again") from None
     return np.asarray(image).reshape(size, size, -1)
 
-# %% ../nbs/02_sources.ipynb #ecc5db4e
+# %% ../nbs/02_sources.ipynb #cd7c59f1
 def read_files(name: str, files: list, size: int, mode: str, parent_of=None) -> Pack:  # files: (class name, path)
     "The pack of image files, sorted by class and file name; `parent_of` maps a class name to its parent category."
     files = sorted(files, key=lambda f: (f[0], Path(f[1]).name))
@@ -38,7 +38,7 @@ def read_files(name: str, files: list, size: int, mode: str, parent_of=None) -> 
     labels = torch.tensor([index[c] for c, _ in files], dtype=torch.int64)
     return Pack(torch.from_numpy(images), labels, classes, [parent_of(c) if parent_of else c for c in classes], name=name)
 
-# %% ../nbs/02_sources.ipynb #e3b4c96c
+# %% ../nbs/02_sources.ipynb #df7a2add
 OMNIGLOT = {"background": 964, "evaluation": 659}  # characters in each half
 
 def read_omniglot(folder, size: int = 28) -> Pack:
@@ -54,7 +54,7 @@ def read_omniglot(folder, size: int = 28) -> Pack:
         files += found
     return read_files("omniglot", files, size, "L", parent_of=lambda c: c.split("/")[1])
 
-# %% ../nbs/02_sources.ipynb #1b7c4777
+# %% ../nbs/02_sources.ipynb #0d4f5938
 def download_omniglot(folder) -> Path:
     "Download the two official archives through torchvision, which checks their MD5, and unpack them under `folder`."
     from torchvision.datasets import Omniglot
