@@ -9,7 +9,7 @@ __all__ = ['app', 'data_app', 'DATASETS', 'Run', 'TaskSet', 'Params', 'problems_
            'data_download', 'check', 'fingerprints', 'glyphs', 'tasks', 'find_run', 'train_command', 'fit_command',
            'report', 'with_results', 'readme', 'main']
 
-# %% ../nbs/14_experiment.ipynb #6dd98136
+# %% ../nbs/14_experiment.ipynb #ffb53e36
 import ast, hashlib, json, os, platform, re, symtable, sys
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +28,7 @@ from .packs import Pack, atomic, class_parents, digest, load_pack, pack_digest, 
 from .splits import make_split, quarter_turns
 from .training import Count, Recipe, Share, train
 
-# %% ../nbs/14_experiment.ipynb #d2a86451
+# %% ../nbs/14_experiment.ipynb #1a9a45ca
 class Run(Recipe):
     "One training with its test: the fields of a recipe and these."
     key: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")] = Field(description="name of the run and of its folder under runs/")
@@ -50,7 +50,7 @@ class Run(Recipe):
     validate_tasks: Annotated[int, Field(ge=0)] = Field(0, description="validation tasks for the curve in the history; 0 for none")
     validate_every: Count = Field(1000, description="steps between two validations")
 
-# %% ../nbs/14_experiment.ipynb #e972b2e1
+# %% ../nbs/14_experiment.ipynb #7212f985
 class TaskSet(BaseModel):
     "A fixed set of test tasks."
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -62,7 +62,7 @@ class TaskSet(BaseModel):
     n: Count = Field(10000, description="tasks")
     seed: int = Field(0, description="of the draw")
 
-# %% ../nbs/14_experiment.ipynb #404dd5b4
+# %% ../nbs/14_experiment.ipynb #3b821e00
 class Params(BaseModel):
     "All runs and task sets of the project."
     runs: dict[str, Run]
@@ -73,7 +73,7 @@ def _definitions():  # top-level names of the package -> syntax tree
     named = lambda node: [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else [t.id for t in node.targets if isinstance(t, ast.Name)] if isinstance(node, ast.Assign) else []
     return {name: node for tree in trees for node in tree.body for name in named(node) if not name.startswith("__")}
 
-# %% ../nbs/14_experiment.ipynb #186c60ff
+# %% ../nbs/14_experiment.ipynb #e6ce4116
 def problems_of(raw: dict) -> tuple[Params | None, list]:
     "The validated parameters, and a line for every problem in them."
     found, runs, recipes, names = [], {}, raw.get("recipes") or {}, _definitions()
@@ -95,7 +95,7 @@ def problems_of(raw: dict) -> tuple[Params | None, list]:
         runs[key] = run
     return (None, found) if found else (Params(runs=runs, task_sets=sets), found)
 
-# %% ../nbs/14_experiment.ipynb #9ab07d32
+# %% ../nbs/14_experiment.ipynb #a4cdb3ba
 def root() -> Path:
     "The project's folder: the nearest one upwards with a `params.yaml`, from here or from the package."
     places = [Path.cwd(), *Path.cwd().parents, Path(stanet.__file__).resolve().parents[1]]
@@ -108,7 +108,7 @@ def load_params(path=None) -> Params:
     if found: raise ValueError(f"{path.name}: {len(found)} problem{'s' * (len(found) > 1)}\n" + "\n".join(f"  {p}" for p in found))
     return params
 
-# %% ../nbs/14_experiment.ipynb #6fcf7c88
+# %% ../nbs/14_experiment.ipynb #626d02b0
 def skeleton(node):
     "A syntax tree as nested lists, the same in every Python version: without positions, comments, empty fields and docstrings."
     if isinstance(node, list): return [skeleton(n) for n in node]
@@ -122,7 +122,7 @@ def _global_names(code: str) -> set:  # every name that `code` looks up outside 
         return {s.get_name() for s in scope.get_symbols() if s.is_global() or s.is_referenced() and scope.get_type() == "module"}.union(*map(names, scope.get_children()))
     return names(symtable.symtable(code, "<definition>", "exec"))
 
-# %% ../nbs/14_experiment.ipynb #f337f057
+# %% ../nbs/14_experiment.ipynb #a194f2a7
 def reachable(names, definitions: dict) -> dict:  # name -> skeleton
     "The definitions that `names` use, and those that these use, and so on. Left out: parameter models, whose values count and not their texts, and the name of the scratch folder."
     seen, queue = {}, list(names)
@@ -137,7 +137,7 @@ def fingerprint(names, definitions=None) -> str:
     "SHA-256 of the definitions reachable from `names`."
     return hashlib.sha256(json.dumps(reachable(names, definitions or _definitions()), sort_keys=True).encode()).hexdigest()
 
-# %% ../nbs/14_experiment.ipynb #88996945
+# %% ../nbs/14_experiment.ipynb #1fefa442
 def run_fingerprint(run: Run) -> str:
     "The fingerprint of what `run` executes and of all its parameters."
     code = fingerprint(["fit", "measure", run.backbone, run.attention, f"{run.split}_split"])
@@ -148,7 +148,7 @@ def notebook_fingerprint(path) -> str:
     cells = [c for c in json.loads(Path(path).read_text())["cells"] if c["cell_type"] == "code"]
     return hashlib.sha256(json.dumps([skeleton(ast.parse("".join(c["source"]))) for c in cells]).encode()).hexdigest()
 
-# %% ../nbs/14_experiment.ipynb #3b902717
+# %% ../nbs/14_experiment.ipynb #48ce79a4
 def write_fingerprints(params: Params, folder):
     "One small file for each run, task set and pipeline notebook; a file whose content stays the same is not touched."
     nbs, folder = root() / "nbs", Path(folder)
@@ -161,7 +161,7 @@ def write_fingerprints(params: Params, folder):
         if not (folder / name).is_file() or (folder / name).read_text() != mark + "\n":
             with atomic(folder / name) as temporary: temporary.write_text(mark + "\n")
 
-# %% ../nbs/14_experiment.ipynb #2570f45b
+# %% ../nbs/14_experiment.ipynb #08a2fbe5
 def prepare(run: Run, pack: Pack):  # -> network, training pack, semantic targets, split
     "An untrained network for `run`, with what it is trained on."
     split = make_split(run.split, pack)
@@ -174,7 +174,7 @@ def prepare(run: Run, pack: Pack):  # -> network, training pack, semantic target
     torch.manual_seed(run.seed)
     return build(config), training, targets, split
 
-# %% ../nbs/14_experiment.ipynb #41ff7b9f
+# %% ../nbs/14_experiment.ipynb #da42c431
 def scratch_folder(run: Run, pack: Pack) -> Path:
     "Where the run keeps its states, by a hash of parameters, code and data."
     return root() / "scratch" / f"{run.key}-{hashlib.sha256((run_fingerprint(run) + pack_digest(pack)).encode()).hexdigest()[:16]}"
@@ -189,21 +189,21 @@ def fit(run: Run, pack: Pack):  # -> network, history, seconds
         validate = lambda net: accuracy(score(net, embed_images(net, unseen.images), tasks), 15 * run.way)[0]
     return train(net, training.images, training.labels, targets, run.way, run.shot, run, scratch_folder(run, pack), training.classes, class_parents(training), validate, run.validate_every)
 
-# %% ../nbs/14_experiment.ipynb #309d16c6
+# %% ../nbs/14_experiment.ipynb #3e4bc8b9
 def measure(run: Run, net, pack: Pack, tasks):  # -> correct answers of each task, maps of all test images, test pack
     "Score a trained network on the test tasks."
     unseen = select(pack, make_split(run.split, pack).test)
     maps = embed_images(net, unseen.images)
     return score(net, maps, tasks), maps, unseen
 
-# %% ../nbs/14_experiment.ipynb #d95afb92
+# %% ../nbs/14_experiment.ipynb #a09c748c
 def describe_device() -> dict:
     "The device and the versions that a result depends on."
     cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), platform.processor()) if Path("/proc/cpuinfo").exists() else platform.processor()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cpu}, {torch.get_num_threads()} threads"
     return {"device": device, "python": platform.python_version(), **{p: version(p) for p in ("torch", "torchvision", "accelerate", "numpy")}}
 
-# %% ../nbs/14_experiment.ipynb #63c43006
+# %% ../nbs/14_experiment.ipynb #002c98df
 def metrics_of(run: Run, net, correct, tasks, extra: dict) -> dict:
     "The metrics of a run: accuracy, interval, and digests of what they were measured with."
     answers = tasks.query.shape[1]
@@ -223,11 +223,12 @@ def record(run: Run, net, history, seconds: float, correct, tasks, pack: Pack, e
         with atomic(folder / name) as temporary: temporary.write_text(json.dumps(content, indent=1) + "\n")
     return metrics
 
-# %% ../nbs/14_experiment.ipynb #a3c4c5da
+# %% ../nbs/14_experiment.ipynb #59cdc0cc
 def execute(notebook, output, parameters: dict):
     "Run a notebook by papermill from the project's folder; unknown parameters and a missing `parameters` tag are refused. A failed notebook is kept under scratch/."
     import papermill
     os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")  # the kernel of this environment, not one that the user has installed
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")  # a notebook run by a program has no widgets
     notebook, output = Path(notebook), Path(output)
     cells = json.loads(notebook.read_text())["cells"]
     if not any("parameters" in c["metadata"].get("tags", []) for c in cells): raise ValueError(f"{notebook}: no cell has the tag 'parameters' (nbdev_clean keeps it if settings.ini allows tags)")
@@ -236,13 +237,13 @@ def execute(notebook, output, parameters: dict):
     draft.parent.mkdir(parents=True, exist_ok=True)
     try: papermill.execute_notebook(str(notebook), str(draft), parameters, kernel_name="python3", cwd=str(root()), progress_bar=False, log_output=True, stdout_file=sys.stdout, stderr_file=sys.stderr)
     except papermill.PapermillExecutionError as error: raise ValueError(f"{notebook.name}: {error.ename}: {error.evalue}; the notebook up to there is {draft.relative_to(root())}") from None
-    nb = json.loads(draft.read_text())
+    nb = json.loads(draft.read_text().replace(f"{root()}/", ""))  # a result doesn't tell where it was made
     nb["metadata"] = {k: nb["metadata"][k] for k in ("kernelspec", "language_info") if k in nb["metadata"]}
     for cell in nb["cells"]: cell["metadata"] = {k: v for k, v in cell["metadata"].items() if k == "tags"}
     with atomic(output) as temporary: temporary.write_text(json.dumps(nb, indent=1, ensure_ascii=False) + "\n")
     draft.unlink()
 
-# %% ../nbs/14_experiment.ipynb #9fe33bf6
+# %% ../nbs/14_experiment.ipynb #d61abb6d
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Few-shot learning with STANet: data, runs and reports.")
 data_app = typer.Typer(no_args_is_help=True, help="Real data sets, as packs under data/.")
 app.add_typer(data_app, name="data")
@@ -257,7 +258,7 @@ def _save_data(name, pack):
     sha = save_pack(pack, root() / "data" / f"{name}.safetensors")
     print(f"data/{name}.safetensors: {pack}, sha256 {sha[:16]}")
 
-# %% ../nbs/14_experiment.ipynb #94ca549d
+# %% ../nbs/14_experiment.ipynb #415c588a
 @data_app.command("import")
 def data_import(name: str, path: Path):
     "Make the pack of NAME from the files under PATH."
@@ -274,7 +275,7 @@ def check():
     params = load_params()
     print(f"params.yaml: {len(params.runs)} runs and {len(params.task_sets)} task sets are in order")
 
-# %% ../nbs/14_experiment.ipynb #ee8a3020
+# %% ../nbs/14_experiment.ipynb #92709734
 @app.command()
 def fingerprints():
     "Write the fingerprints that the pipeline's stages depend on."
@@ -294,7 +295,7 @@ def tasks(name: str):
     unseen = select(pack, make_split(t.split, pack).test)
     save_tasks(draw_task_set(unseen.labels, t.way, t.shot, t.query, t.n, t.seed, unseen.classes), root() / "tasks" / f"{name}.safetensors", pack_digest(pack))
 
-# %% ../nbs/14_experiment.ipynb #a96b942d
+# %% ../nbs/14_experiment.ipynb #768d5287
 def find_run(key: str) -> Run:
     "The run `key` of params.yaml."
     runs = load_params().runs
@@ -319,7 +320,7 @@ def report(name: str):
     if not source.is_file(): raise ValueError(f"no report {name!r}; there are {', '.join(sorted(p.stem for p in source.parent.glob('*.ipynb')))}")
     execute(source, root() / "results" / f"{name}.ipynb", {"name": name})
 
-# %% ../nbs/14_experiment.ipynb #6910aef5
+# %% ../nbs/14_experiment.ipynb #c7733710
 def with_results(text: str, results) -> str:
     "`text` with the Markdown tables of the folder `results` between their marks."
     table = lambda mark: f"{mark[1]}\n{(Path(results) / f'{mark[2]}.md').read_text().strip()}\n<!-- end -->"
@@ -332,7 +333,7 @@ def readme():
     text = with_results(path.read_text(), root() / "results")
     with atomic(path) as temporary: temporary.write_text(text)
 
-# %% ../nbs/14_experiment.ipynb #1848a7e8
+# %% ../nbs/14_experiment.ipynb #f90f040e
 def main():
     "The `stanet` command: errors that a user can cause are one line."
     try: app()
