@@ -4,6 +4,7 @@ BIN    := .venv/bin
 UV     := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
 RAW    ?=
 export DVC_NO_ANALYTICS := 1
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .PHONY: quickstart test lab data env lock
 quickstart: env            ## the whole pipeline on the embedded data set, under 6 minutes on two cores
