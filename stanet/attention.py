@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['SpatialAttention', 'pool', 'UniformAttention', 'GaussianAttention', 'TaskAttention', 'Maps', 'STALayer']
 
-# %% ../nbs/07_attention.ipynb #3ab63f95
+# %% ../nbs/07_attention.ipynb #9a70e4ad
 from typing import NamedTuple
 import torch
 from torch import nn
 
-# %% ../nbs/07_attention.ipynb #1b7a017b
+# %% ../nbs/07_attention.ipynb #728c6f79
 class SpatialAttention(nn.Module):
     "Attention over the sites of each image, given a test representation (eq. 3 and 4)."
     def __init__(self, n_ch: int, d_h: int, d_k: int, **_):
@@ -25,14 +25,14 @@ def pool(a, C):  # (B, Q, S, L), (B, S, n_ch, L) -> (B, Q, S, n_ch)
     "Attention-weighted average over the sites of the feature maps themselves (eq. 5)."
     return torch.einsum("bqsl,bscl->bqsc", a, C)
 
-# %% ../nbs/07_attention.ipynb #367b96c7
+# %% ../nbs/07_attention.ipynb #b699a7b5
 class UniformAttention(nn.Module):
     "The same weight on every site (Table 2, 'Uniform')."
     def __init__(self, n_ch: int, d_h: int, d_k: int, **_): super().__init__()
 
     def forward(self, h_ts, C): return C.new_full((*h_ts.shape[:2], C.shape[1], C.shape[3]), 1 / C.shape[3])
 
-# %% ../nbs/07_attention.ipynb #bbd981ce
+# %% ../nbs/07_attention.ipynb #d047e584
 class GaussianAttention(nn.Module):
     "A Gaussian of width `sigma` (a share of the map's side) around the middle of a square map (Table 2, 'Gaussian')."
     def __init__(self, n_ch: int, d_h: int, d_k: int, sigma: float = 0.25, **_):
@@ -45,7 +45,7 @@ class GaussianAttention(nn.Module):
         logits = -(x[:, None] ** 2 + x[None, :] ** 2).flatten() / (2 * self.sigma ** 2)
         return logits.softmax(0).expand(*h_ts.shape[:2], C.shape[1], -1)
 
-# %% ../nbs/07_attention.ipynb #298e2743
+# %% ../nbs/07_attention.ipynb #298631eb
 class TaskAttention(nn.Module):
     "Attention over the support images and the context that it collects (eq. 6 and 7)."
     def __init__(self, n_ch: int, way: int, d_k: int, d_v: int):
@@ -60,14 +60,14 @@ class TaskAttention(nn.Module):
         V = self.W_v(torch.cat([z_tr, y[:, None].expand(*z_tr.shape[:3], -1)], -1))  # (B, Q, S, d_v)
         return torch.einsum("bqs,bqsd->bqd", a_t, V), a_t
 
-# %% ../nbs/07_attention.ipynb #2f84e91d
+# %% ../nbs/07_attention.ipynb #54d15dda
 class Maps(NamedTuple):
     "The attention of one STA layer."
     a_tr: torch.Tensor  # (B, Q, S, L) spatial, on the support images, one map for each query
     a_ts: torch.Tensor  # (B, Q, L) spatial, on the test images
     a_t: torch.Tensor  # (B, Q, S) task attention
 
-# %% ../nbs/07_attention.ipynb #8da967c9
+# %% ../nbs/07_attention.ipynb #e301bf55
 class STALayer(nn.Module):
     "Spatial and task attention (eq. 3 to 7, 9). `d_h` is `n_ch` in the first layer and `2 n_ch` in the others."
     def __init__(self, n_ch: int, d_h: int, way: int, d_k: int, d_v: int, attention=SpatialAttention, **options):

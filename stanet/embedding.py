@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['conv_block', 'Conv64', 'count_parameters']
 
-# %% ../nbs/06_embedding.ipynb #1302dc8f
+# %% ../nbs/06_embedding.ipynb #affb6c85
 import torch
 from torch import nn
 
-# %% ../nbs/06_embedding.ipynb #d73bf3d3
+# %% ../nbs/06_embedding.ipynb #d753f651
 def conv_block(c_in: int, c_out: int, pool: bool) -> nn.Sequential:
     "3x3 convolution, batch normalisation, with `pool` a 2x2 max-pool, and ReLU."
     layers = [nn.Conv2d(c_in, c_out, 3, padding=1), nn.BatchNorm2d(c_out)]
     return nn.Sequential(*layers, *([nn.MaxPool2d(2)] if pool else []), nn.ReLU(inplace=True))
 
-# %% ../nbs/06_embedding.ipynb #7db50936
+# %% ../nbs/06_embedding.ipynb #bfb00fbb
 class Conv64(nn.Module):
     "Images `(n, c, h, w)` to feature maps `(n, n_ch, h // 2**pools, w // 2**pools)`: four blocks, of which the first `pools` pool."
     def __init__(self, channels: int = 3, width: int = 64, pools: int = 4):
@@ -25,7 +25,7 @@ class Conv64(nn.Module):
 
     def forward(self, images): return self.blocks(images)
 
-# %% ../nbs/06_embedding.ipynb #eb4770ab
+# %% ../nbs/06_embedding.ipynb #51f6f134
 def count_parameters(module: nn.Module) -> int:
     "Number of trainable weights."
     return sum(p.numel() for p in module.parameters() if p.requires_grad)

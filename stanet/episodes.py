@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Tasks', 'class_table', 'Episodes', 'gather', 'augment', 'draw_task_set', 'tasks_digest', 'save_tasks', 'load_tasks']
 
-# %% ../nbs/05_episodes.ipynb #0bce24e6
+# %% ../nbs/05_episodes.ipynb #a0bf05af
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from .packs import atomic, digest
 
-# %% ../nbs/05_episodes.ipynb #c8a235d4
+# %% ../nbs/05_episodes.ipynb #d5f95d00
 class Tasks(NamedTuple):
     "Tasks as indices into the images of a pack."
     support: torch.Tensor  # (B, S) image indices
@@ -26,7 +26,7 @@ class Tasks(NamedTuple):
     def to(self, device): return Tasks(*(t.to(device) for t in self))
     def part(self, rows): return Tasks(*(t[rows] for t in self))
 
-# %% ../nbs/05_episodes.ipynb #0868526e
+# %% ../nbs/05_episodes.ipynb #bf40e704
 def class_table(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # (C, n_max) image indices padded with -1, (C,) counts
     "The images of each class."
     counts = labels.bincount()
@@ -36,7 +36,7 @@ def class_table(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # (
     table[labels[order], column] = order
     return table, counts
 
-# %% ../nbs/05_episodes.ipynb #7db41004
+# %% ../nbs/05_episodes.ipynb #2864f720
 class Episodes:
     "Draws batches of tasks from `labels`, on their device. A class with too few images, or too few classes, raises a `ValueError`."
     def __init__(self, labels: torch.Tensor, way: int, shot: int, query: int, single: bool = False, classes: str = "uniform", seed: int = 0, names: list | None = None, parents: torch.Tensor | None = None):
@@ -99,12 +99,12 @@ class Episodes:
         self.generator.set_state(state["generator"])
         self.deck = state["deck"].to(self.table.device)
 
-# %% ../nbs/05_episodes.ipynb #fa974433
+# %% ../nbs/05_episodes.ipynb #946f4a2a
 def gather(images: torch.Tensor, index: torch.Tensor) -> torch.Tensor:  # float (n, c, h, w) in [0, 1]
     "The images `index` (any shape, n in all) of the uint8 tensor `images` `(N, h, w, c)`."
     return images[index.flatten()].permute(0, 3, 1, 2).float().div_(255)
 
-# %% ../nbs/05_episodes.ipynb #487ab770
+# %% ../nbs/05_episodes.ipynb #22dcb8c5
 def augment(images, generator, flip: bool = False, shift: float = 0., rotate: float = 0., scale: float = 0., colour: float = 0.):
     "Augment float images `(n, c, h, w)`: `shift` as a share of the side, `rotate` in degrees, `scale` and `colour` as relative ranges. Zeros leave the images alone."
     n, c = images.shape[:2]
@@ -119,7 +119,7 @@ def augment(images, generator, flip: bool = False, shift: float = 0., rotate: fl
     if colour: images = images * (1 + colour * uniform(n, c, 1, 1)) + colour / 2 * uniform(n, c, 1, 1)
     return images.contiguous(memory_format=torch.channels_last)
 
-# %% ../nbs/05_episodes.ipynb #c47f43de
+# %% ../nbs/05_episodes.ipynb #613261b5
 def draw_task_set(labels: torch.Tensor, way: int, shot: int, query: int, n: int, seed: int = 0, names=None) -> Tasks:
     "`n` test tasks with `query` queries a class, drawn on the CPU with a generator of their own."
     episodes = Episodes(labels.cpu(), way, shot, query, seed=seed, names=names)
@@ -130,7 +130,7 @@ def tasks_digest(tasks: Tasks) -> str:
     "SHA-256 of a task set."
     return digest(*tasks)
 
-# %% ../nbs/05_episodes.ipynb #0138d1ca
+# %% ../nbs/05_episodes.ipynb #ce164a69
 def save_tasks(tasks: Tasks, path, pack: str):
     "Write a task set for the pack with the digest `pack`."
     with atomic(path) as temporary:

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['embed_images', 'score', 'interval', 'accuracy', 'paired']
 
-# %% ../nbs/11_evaluation.ipynb #b05ca8a9
+# %% ../nbs/11_evaluation.ipynb #31f960f4
 import numpy as np
 import torch
 from .episodes import Tasks, gather
 
-# %% ../nbs/11_evaluation.ipynb #29bd5ab4
+# %% ../nbs/11_evaluation.ipynb #8d34dd34
 @torch.no_grad()
 def embed_images(net, images: torch.Tensor, batch: int = 500) -> torch.Tensor:  # uint8 (n, h, w, c) -> (n, n_ch, h_f, w_f)
     "Feature maps of all images, in float32."
@@ -18,7 +18,7 @@ def embed_images(net, images: torch.Tensor, batch: int = 500) -> torch.Tensor:  
     index = torch.arange(len(images))
     return torch.cat([net.embed(gather(images, part).to(device)).contiguous() for part in index.split(batch)])
 
-# %% ../nbs/11_evaluation.ipynb #0bf27ea1
+# %% ../nbs/11_evaluation.ipynb #7e006f8f
 @torch.no_grad()
 def score(net, maps: torch.Tensor, tasks: Tasks, batch: int = 100) -> np.ndarray:  # (n_tasks,) correct answers
     "Number of correct answers in each task."
@@ -29,7 +29,7 @@ def score(net, maps: torch.Tensor, tasks: Tasks, batch: int = 100) -> np.ndarray
         correct.append((logits.argmax(-1) == t.query_labels).sum(-1).cpu())
     return torch.cat(correct).numpy().astype(np.int16)
 
-# %% ../nbs/11_evaluation.ipynb #dcf2e885
+# %% ../nbs/11_evaluation.ipynb #47332c29
 def interval(values) -> tuple[float, float]:  # mean, half width
     "Mean and half width of its 95 % interval."
     values = np.asarray(values, dtype=np.float64)
@@ -39,7 +39,7 @@ def accuracy(correct, answers: int) -> tuple[float, float]:  # percent, half wid
     "Accuracy in percent over tasks with `answers` queries each, and its 95 % interval."
     return interval(100 * np.asarray(correct) / answers)
 
-# %% ../nbs/11_evaluation.ipynb #e93e09c2
+# %% ../nbs/11_evaluation.ipynb #6f5ffb15
 def paired(correct, other, answers: int) -> tuple[float, float]:
     "Mean difference in percent points over the same tasks, `correct` minus `other`, and its 95 % interval."
     if len(correct) != len(other): raise ValueError(f"{len(correct)} and {len(other)} tasks are not the same tasks")

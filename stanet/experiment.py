@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['app', 'data_app', 'DATASETS', 'Run', 'TaskSet', 'Params', 'problems_of', 'root', 'load_params', 'skeleton',
            'reachable', 'fingerprint', 'run_fingerprint', 'notebook_fingerprint', 'write_fingerprints', 'prepare',
-           'scratch_folder', 'fit', 'measure', 'describe_device', 'metrics_of', 'record', 'execute', 'data_import',
-           'data_download', 'check', 'fingerprints', 'glyphs', 'tasks', 'find_run', 'train_command', 'fit_command',
-           'report', 'with_results', 'readme', 'main']
+           'scratch_folder', 'fit', 'measure', 'describe_device', 'metrics_of', 'record', 'with_palette', 'execute',
+           'data_import', 'data_download', 'check', 'fingerprints', 'glyphs', 'tasks', 'find_run', 'train_command',
+           'fit_command', 'report', 'with_results', 'readme', 'main']
 
-# %% ../nbs/14_experiment.ipynb #ffb53e36
-import ast, hashlib, json, os, platform, re, symtable, sys
+# %% ../nbs/14_experiment.ipynb #838d3a9e
+import ast, base64, hashlib, io, json, os, platform, re, symtable, sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import typer
 import yaml
+from PIL import Image
 import stanet
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from .episodes import draw_task_set, load_tasks, save_tasks, tasks_digest
@@ -28,7 +29,7 @@ from .packs import Pack, atomic, class_parents, digest, load_pack, pack_digest, 
 from .splits import make_split, quarter_turns
 from .training import Count, Recipe, Share, train
 
-# %% ../nbs/14_experiment.ipynb #1a9a45ca
+# %% ../nbs/14_experiment.ipynb #2d95ca30
 class Run(Recipe):
     "One training with its test: the fields of a recipe and these."
     key: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")] = Field(description="name of the run and of its folder under runs/")
@@ -50,7 +51,7 @@ class Run(Recipe):
     validate_tasks: Annotated[int, Field(ge=0)] = Field(0, description="validation tasks for the curve in the history; 0 for none")
     validate_every: Count = Field(1000, description="steps between two validations")
 
-# %% ../nbs/14_experiment.ipynb #7212f985
+# %% ../nbs/14_experiment.ipynb #5bbc5116
 class TaskSet(BaseModel):
     "A fixed set of test tasks."
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -62,7 +63,7 @@ class TaskSet(BaseModel):
     n: Count = Field(10000, description="tasks")
     seed: int = Field(0, description="of the draw")
 
-# %% ../nbs/14_experiment.ipynb #3b821e00
+# %% ../nbs/14_experiment.ipynb #e57878be
 class Params(BaseModel):
     "All runs and task sets of the project."
     runs: dict[str, Run]
@@ -73,7 +74,7 @@ def _definitions():  # top-level names of the package -> syntax tree
     named = lambda node: [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else [t.id for t in node.targets if isinstance(t, ast.Name)] if isinstance(node, ast.Assign) else []
     return {name: node for tree in trees for node in tree.body for name in named(node) if not name.startswith("__")}
 
-# %% ../nbs/14_experiment.ipynb #e6ce4116
+# %% ../nbs/14_experiment.ipynb #825296ca
 def problems_of(raw: dict) -> tuple[Params | None, list]:
     "The validated parameters, and a line for every problem in them."
     found, runs, recipes, names = [], {}, raw.get("recipes") or {}, _definitions()
@@ -95,7 +96,7 @@ def problems_of(raw: dict) -> tuple[Params | None, list]:
         runs[key] = run
     return (None, found) if found else (Params(runs=runs, task_sets=sets), found)
 
-# %% ../nbs/14_experiment.ipynb #a4cdb3ba
+# %% ../nbs/14_experiment.ipynb #821a723b
 def root() -> Path:
     "The project's folder: the nearest one upwards with a `params.yaml`, from here or from the package."
     places = [Path.cwd(), *Path.cwd().parents, Path(stanet.__file__).resolve().parents[1]]
@@ -108,7 +109,7 @@ def load_params(path=None) -> Params:
     if found: raise ValueError(f"{path.name}: {len(found)} problem{'s' * (len(found) > 1)}\n" + "\n".join(f"  {p}" for p in found))
     return params
 
-# %% ../nbs/14_experiment.ipynb #626d02b0
+# %% ../nbs/14_experiment.ipynb #3e0f94f4
 def skeleton(node):
     "A syntax tree as nested lists, the same in every Python version: without positions, comments, empty fields and docstrings."
     if isinstance(node, list): return [skeleton(n) for n in node]
@@ -122,7 +123,7 @@ def _global_names(code: str) -> set:  # every name that `code` looks up outside 
         return {s.get_name() for s in scope.get_symbols() if s.is_global() or s.is_referenced() and scope.get_type() == "module"}.union(*map(names, scope.get_children()))
     return names(symtable.symtable(code, "<definition>", "exec"))
 
-# %% ../nbs/14_experiment.ipynb #a194f2a7
+# %% ../nbs/14_experiment.ipynb #bf86d53d
 def reachable(names, definitions: dict) -> dict:  # name -> skeleton
     "The definitions that `names` use, and those that these use, and so on. Left out: parameter models, whose values count and not their texts, and the name of the scratch folder."
     seen, queue = {}, list(names)
@@ -137,7 +138,7 @@ def fingerprint(names, definitions=None) -> str:
     "SHA-256 of the definitions reachable from `names`."
     return hashlib.sha256(json.dumps(reachable(names, definitions or _definitions()), sort_keys=True).encode()).hexdigest()
 
-# %% ../nbs/14_experiment.ipynb #1fefa442
+# %% ../nbs/14_experiment.ipynb #e200ecb6
 def run_fingerprint(run: Run) -> str:
     "The fingerprint of what `run` executes and of all its parameters."
     code = fingerprint(["fit", "measure", run.backbone, run.attention, f"{run.split}_split"])
@@ -148,7 +149,7 @@ def notebook_fingerprint(path) -> str:
     cells = [c for c in json.loads(Path(path).read_text())["cells"] if c["cell_type"] == "code"]
     return hashlib.sha256(json.dumps([skeleton(ast.parse("".join(c["source"]))) for c in cells]).encode()).hexdigest()
 
-# %% ../nbs/14_experiment.ipynb #48ce79a4
+# %% ../nbs/14_experiment.ipynb #0b4cc35a
 def write_fingerprints(params: Params, folder):
     "One small file for each run, task set and pipeline notebook; a file whose content stays the same is not touched."
     nbs, folder = root() / "nbs", Path(folder)
@@ -161,7 +162,7 @@ def write_fingerprints(params: Params, folder):
         if not (folder / name).is_file() or (folder / name).read_text() != mark + "\n":
             with atomic(folder / name) as temporary: temporary.write_text(mark + "\n")
 
-# %% ../nbs/14_experiment.ipynb #08a2fbe5
+# %% ../nbs/14_experiment.ipynb #6627aba8
 def prepare(run: Run, pack: Pack):  # -> network, training pack, semantic targets, split
     "An untrained network for `run`, with what it is trained on."
     split = make_split(run.split, pack)
@@ -174,7 +175,7 @@ def prepare(run: Run, pack: Pack):  # -> network, training pack, semantic target
     torch.manual_seed(run.seed)
     return build(config), training, targets, split
 
-# %% ../nbs/14_experiment.ipynb #da42c431
+# %% ../nbs/14_experiment.ipynb #4a4ef21e
 def scratch_folder(run: Run, pack: Pack) -> Path:
     "Where the run keeps its states, by a hash of parameters, code and data."
     return root() / "scratch" / f"{run.key}-{hashlib.sha256((run_fingerprint(run) + pack_digest(pack)).encode()).hexdigest()[:16]}"
@@ -189,21 +190,21 @@ def fit(run: Run, pack: Pack):  # -> network, history, seconds
         validate = lambda net: accuracy(score(net, embed_images(net, unseen.images), tasks), 15 * run.way)[0]
     return train(net, training.images, training.labels, targets, run.way, run.shot, run, scratch_folder(run, pack), training.classes, class_parents(training), validate, run.validate_every)
 
-# %% ../nbs/14_experiment.ipynb #3e4bc8b9
+# %% ../nbs/14_experiment.ipynb #cd63d885
 def measure(run: Run, net, pack: Pack, tasks):  # -> correct answers of each task, maps of all test images, test pack
     "Score a trained network on the test tasks."
     unseen = select(pack, make_split(run.split, pack).test)
     maps = embed_images(net, unseen.images)
     return score(net, maps, tasks), maps, unseen
 
-# %% ../nbs/14_experiment.ipynb #a09c748c
+# %% ../nbs/14_experiment.ipynb #dd17f259
 def describe_device() -> dict:
     "The device and the versions that a result depends on."
     cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), platform.processor()) if Path("/proc/cpuinfo").exists() else platform.processor()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cpu}, {torch.get_num_threads()} threads"
     return {"device": device, "python": platform.python_version(), **{p: version(p) for p in ("torch", "torchvision", "accelerate", "numpy")}}
 
-# %% ../nbs/14_experiment.ipynb #002c98df
+# %% ../nbs/14_experiment.ipynb #efed2e60
 def metrics_of(run: Run, net, correct, tasks, extra: dict) -> dict:
     "The metrics of a run: accuracy, interval, and digests of what they were measured with."
     answers = tasks.query.shape[1]
@@ -223,7 +224,14 @@ def record(run: Run, net, history, seconds: float, correct, tasks, pack: Pack, e
         with atomic(folder / name) as temporary: temporary.write_text(json.dumps(content, indent=1) + "\n")
     return metrics
 
-# %% ../nbs/14_experiment.ipynb #59cdc0cc
+# %% ../nbs/14_experiment.ipynb #7c1e5b66
+def with_palette(png: str) -> str:  # base64 -> base64
+    "A picture in 128 colours: executed notebooks are kept in git and should stay small."
+    small = io.BytesIO()
+    Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB").quantize(128).save(small, "PNG", optimize=True)
+    return base64.b64encode(small.getvalue()).decode()
+
+# %% ../nbs/14_experiment.ipynb #887decb2
 def execute(notebook, output, parameters: dict):
     "Run a notebook by papermill from the project's folder; unknown parameters and a missing `parameters` tag are refused. A failed notebook is kept under scratch/."
     import papermill
@@ -239,11 +247,13 @@ def execute(notebook, output, parameters: dict):
     except papermill.PapermillExecutionError as error: raise ValueError(f"{notebook.name}: {error.ename}: {error.evalue}; the notebook up to there is {draft.relative_to(root())}") from None
     nb = json.loads(draft.read_text().replace(f"{root()}/", ""))  # a result doesn't tell where it was made
     nb["metadata"] = {k: nb["metadata"][k] for k in ("kernelspec", "language_info") if k in nb["metadata"]}
-    for cell in nb["cells"]: cell["metadata"] = {k: v for k, v in cell["metadata"].items() if k == "tags"}
+    for cell in nb["cells"]:
+        cell["metadata"] = {k: v for k, v in cell["metadata"].items() if k == "tags"}
+        for data in (o["data"] for o in cell.get("outputs", []) if "image/png" in o.get("data", {})): data["image/png"] = with_palette(data["image/png"])
     with atomic(output) as temporary: temporary.write_text(json.dumps(nb, indent=1, ensure_ascii=False) + "\n")
     draft.unlink()
 
-# %% ../nbs/14_experiment.ipynb #d61abb6d
+# %% ../nbs/14_experiment.ipynb #de01f6bf
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Few-shot learning with STANet: data, runs and reports.")
 data_app = typer.Typer(no_args_is_help=True, help="Real data sets, as packs under data/.")
 app.add_typer(data_app, name="data")
@@ -258,7 +268,7 @@ def _save_data(name, pack):
     sha = save_pack(pack, root() / "data" / f"{name}.safetensors")
     print(f"data/{name}.safetensors: {pack}, sha256 {sha[:16]}")
 
-# %% ../nbs/14_experiment.ipynb #415c588a
+# %% ../nbs/14_experiment.ipynb #29531280
 @data_app.command("import")
 def data_import(name: str, path: Path):
     "Make the pack of NAME from the files under PATH."
@@ -275,7 +285,7 @@ def check():
     params = load_params()
     print(f"params.yaml: {len(params.runs)} runs and {len(params.task_sets)} task sets are in order")
 
-# %% ../nbs/14_experiment.ipynb #92709734
+# %% ../nbs/14_experiment.ipynb #e861d493
 @app.command()
 def fingerprints():
     "Write the fingerprints that the pipeline's stages depend on."
@@ -295,7 +305,7 @@ def tasks(name: str):
     unseen = select(pack, make_split(t.split, pack).test)
     save_tasks(draw_task_set(unseen.labels, t.way, t.shot, t.query, t.n, t.seed, unseen.classes), root() / "tasks" / f"{name}.safetensors", pack_digest(pack))
 
-# %% ../nbs/14_experiment.ipynb #768d5287
+# %% ../nbs/14_experiment.ipynb #a97c9bed
 def find_run(key: str) -> Run:
     "The run `key` of params.yaml."
     runs = load_params().runs
@@ -320,7 +330,7 @@ def report(name: str):
     if not source.is_file(): raise ValueError(f"no report {name!r}; there are {', '.join(sorted(p.stem for p in source.parent.glob('*.ipynb')))}")
     execute(source, root() / "results" / f"{name}.ipynb", {"name": name})
 
-# %% ../nbs/14_experiment.ipynb #c7733710
+# %% ../nbs/14_experiment.ipynb #91c2d6cc
 def with_results(text: str, results) -> str:
     "`text` with the Markdown tables of the folder `results` between their marks."
     table = lambda mark: f"{mark[1]}\n{(Path(results) / f'{mark[2]}.md').read_text().strip()}\n<!-- end -->"
@@ -333,7 +343,7 @@ def readme():
     text = with_results(path.read_text(), root() / "results")
     with atomic(path) as temporary: temporary.write_text(text)
 
-# %% ../nbs/14_experiment.ipynb #f90f040e
+# %% ../nbs/14_experiment.ipynb #85dd53ba
 def main():
     "The `stanet` command: errors that a user can cause are one line."
     try: app()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GLYPH_PIXELS', 'GLYPH_SCRIPTS', 'glyph_characters', 'glyphs']
 
-# %% ../nbs/03_glyphs.ipynb #71283b7f
+# %% ../nbs/03_glyphs.ipynb #9e52f1e9
 import functools, math, random, unicodedata
 from collections import Counter
 from pathlib import Path
@@ -14,7 +14,7 @@ from fontTools.ttLib import TTFont
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from .packs import Pack
 
-# %% ../nbs/03_glyphs.ipynb #52a7f1a7
+# %% ../nbs/03_glyphs.ipynb #9c46c2ac
 GLYPH_PIXELS = 64  # the font size at which every character is drawn once
 
 def _faces():
@@ -24,7 +24,7 @@ def _faces():
     shared = set.intersection(*(set(TTFont(f, lazy=True).getBestCmap()) for f in files))
     return [ImageFont.truetype(str(f), GLYPH_PIXELS, layout_engine=ImageFont.Layout.BASIC) for f in files], [chr(c) for c in sorted(shared)]
 
-# %% ../nbs/03_glyphs.ipynb #b5f0b9ca
+# %% ../nbs/03_glyphs.ipynb #ede2ea97
 GLYPH_SCRIPTS = ("Latin", "Greek", "Cyrillic", "Armenian", "Georgian", "Arrow", "Symbol", "Shape")
 
 def _script(c):
@@ -36,7 +36,7 @@ def _script(c):
     if "ARROW" in name or "HARPOON" in name: return "Arrow"
     return "Shape" if 0x25A0 <= ord(c) < 0x2600 or 0x2B00 <= ord(c) < 0x2C00 else "Symbol"
 
-# %% ../nbs/03_glyphs.ipynb #101af799
+# %% ../nbs/03_glyphs.ipynb #f4d2ea05
 def _draw(c, face):
     "The character as a mask, cropped to what is drawn."
     canvas = Image.new("L", (4 * GLYPH_PIXELS, 4 * GLYPH_PIXELS))
@@ -51,7 +51,7 @@ def _signature(mask, side=16):
     flat = np.asarray(small.filter(ImageFilter.GaussianBlur(0.8)), np.float32).ravel()
     return (flat - flat.mean()) / max(np.linalg.norm(flat - flat.mean()), 1e-6)
 
-# %% ../nbs/03_glyphs.ipynb #1cb53086
+# %% ../nbs/03_glyphs.ipynb #2f4bd1d9
 @functools.lru_cache(1)
 def glyph_characters(alike: float = 0.85) -> dict:  # class name -> its masks, one for each face
     "The characters that are classes of the embedded data set, near-twins left out, in the order of their names."
@@ -66,7 +66,7 @@ def glyph_characters(alike: float = 0.85) -> dict:  # class name -> its masks, o
         chosen[f"{_script(c)}/{unicodedata.name(c)}"] = masks
     return dict(sorted(chosen.items()))
 
-# %% ../nbs/03_glyphs.ipynb #3a7447c8
+# %% ../nbs/03_glyphs.ipynb #cb81ccf1
 def _warp(mask, side, angle, shear=0.0):
     "The mask sheared, turned by `angle` degrees, scaled to fit a square of `side` pixels, and cropped to what is drawn."
     cos, sin, (width, height) = math.cos(math.radians(angle)), math.sin(math.radians(angle)), mask.size
@@ -76,7 +76,7 @@ def _warp(mask, side, angle, shear=0.0):
     warped = mask.transform((math.ceil(side),) * 2, Image.Transform.AFFINE, back, Image.Resampling.BILINEAR)
     return warped.crop(warped.getbbox())
 
-# %% ../nbs/03_glyphs.ipynb #bab39387
+# %% ../nbs/03_glyphs.ipynb #81827da9
 def _colour(rng, light): return tuple(rng.randrange(106) + 150 * light for _ in range(3))
 
 def _fragment(masks, side, rng):
@@ -86,7 +86,7 @@ def _fragment(masks, side, rng):
     x, y = rng.randint(0, mask.width - width), rng.randint(0, mask.height - height)
     return _warp(mask.crop((x, y, x + width, y + height)), part * side, rng.uniform(0, 360))
 
-# %% ../nbs/03_glyphs.ipynb #046ebea1
+# %% ../nbs/03_glyphs.ipynb #b2d92109
 def _scene(masks, others, size, extent, clutter, rng):
     "One image (size, size, 3) of the character with these masks over fragments of others, and the box of the character."
     canvas, light, n = Image.new("RGB", (2 * size, 2 * size)), rng.random() < 0.5, 2 * size
@@ -100,7 +100,7 @@ def _scene(masks, others, size, extent, clutter, rng):
     canvas.paste(_colour(rng, light), (0, 0, n, n), whole)
     return np.asarray(canvas.reduce(2)), whole.reduce(2).point(lambda v: 255 * (v > 48)).getbbox()
 
-# %% ../nbs/03_glyphs.ipynb #40a290e1
+# %% ../nbs/03_glyphs.ipynb #c0b2f4f8
 def glyphs(size: int = 40,  # pixels a side
            per_class: int = 24,  # images a class
            classes: int | None = None,  # only the first so many classes of every script

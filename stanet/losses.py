@@ -5,21 +5,21 @@
 # %% auto #0
 __all__ = ['task_loss', 'semantic_loss', 'full_loss']
 
-# %% ../nbs/09_losses.ipynb #5f6415f4
+# %% ../nbs/09_losses.ipynb #688fb7ac
 import torch
 import torch.nn.functional as F
 
-# %% ../nbs/09_losses.ipynb #c2495872
+# %% ../nbs/09_losses.ipynb #92908774
 def task_loss(logits, labels):  # (B, Q, way), (B, Q) -> ()
     "Mean log-loss of the queries (eq. 10)."
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten().long())
 
-# %% ../nbs/09_losses.ipynb #25488abe
+# %% ../nbs/09_losses.ipynb #ad0a6935
 def semantic_loss(logits, targets):  # (n, n_semantic), (n,) or any shape of n -> ()
     "Mean log-loss of the global classes of all images (eq. 12)."
     return F.cross_entropy(logits, targets.flatten().long())
 
-# %% ../nbs/09_losses.ipynb #eeb43172
+# %% ../nbs/09_losses.ipynb #33a1c9fc
 def full_loss(task, semantic=None, weight: float = 0.5):
     "Task loss plus `weight` times the semantic loss, if there is one (eq. 13)."
     return task if semantic is None else task + weight * semantic

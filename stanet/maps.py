@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['look', 'masked', 'show_task', 'box_cover', 'box_scores']
 
-# %% ../nbs/12_maps.ipynb #d8c786c4
+# %% ../nbs/12_maps.ipynb #c7ee48b6
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from .episodes import Tasks, gather
 from .packs import Pack
 
-# %% ../nbs/12_maps.ipynb #bd816f28
+# %% ../nbs/12_maps.ipynb #627f3992
 @torch.no_grad()
 def look(net, pack: Pack, tasks: Tasks, row: int = 0):  # -> probabilities (Q, way), list of Maps without their task axis
     "Probabilities and attention maps of the task `row`."
@@ -23,7 +23,7 @@ def look(net, pack: Pack, tasks: Tasks, row: int = 0):  # -> probabilities (Q, w
     logits, layers = net.attend(maps[:, :S], t.support_labels, maps[:, S:])
     return logits[0].softmax(-1), [type(m)(*(a[0] for a in m)) for m in layers]
 
-# %% ../nbs/12_maps.ipynb #df28191c
+# %% ../nbs/12_maps.ipynb #237f38ec
 def masked(image: torch.Tensor, a: torch.Tensor) -> np.ndarray:  # uint8 (h, w, c), (L,) -> float (h, w, 3)
     "The image, dimmed where the attention map `a` is small."
     side = round(len(a) ** 0.5)
@@ -31,7 +31,7 @@ def masked(image: torch.Tensor, a: torch.Tensor) -> np.ndarray:  # uint8 (h, w, 
     colour = image.float().expand(-1, -1, 3) / 255
     return (colour * (0.12 + 0.88 * weight / weight.max())[..., None]).clamp(0, 1).cpu().numpy()
 
-# %% ../nbs/12_maps.ipynb #f14c026c
+# %% ../nbs/12_maps.ipynb #ba304f54
 def show_task(net, pack: Pack, tasks: Tasks, row: int = 0, query: int = 0, size: float = 1.1):
     "Draw the attention of all layers on the support images and on the query `query` of the task `row`; returns the figure."
     probabilities, layers = look(net, pack, tasks, row)
@@ -51,7 +51,7 @@ def show_task(net, pack: Pack, tasks: Tasks, row: int = 0, query: int = 0, size:
     figure.tight_layout(pad=0.4)
     return figure
 
-# %% ../nbs/12_maps.ipynb #ef6f67c6
+# %% ../nbs/12_maps.ipynb #a6023070
 def box_cover(boxes: torch.Tensor, size: int, side: int):  # (n, 4) pixels -> cover (n, side * side), centre in box (n, side * side)
     "For each site of a `side` by `side` map, the share of its square inside the box, and whether its centre is."
     edge = torch.arange(side + 1) * size / side
@@ -63,7 +63,7 @@ def box_cover(boxes: torch.Tensor, size: int, side: int):  # (n, 4) pixels -> co
     (cx, mx), (cy, my) = span(x0, x1), span(y0, y1)
     return (cy[:, :, None] * cx[:, None]).flatten(1), (my[:, :, None] & mx[:, None]).flatten(1)
 
-# %% ../nbs/12_maps.ipynb #5faac250
+# %% ../nbs/12_maps.ipynb #7c39a540
 @torch.no_grad()
 def box_scores(net, pack: Pack, maps: torch.Tensor, tasks: Tasks, batch: int = 100) -> dict:
     "Peak in box and mass in box of the test images' maps, in percent and by layer, with the values of a random site and of uniform attention."

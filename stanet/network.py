@@ -6,7 +6,7 @@
 __all__ = ['SemanticBranch', 'STANet', 'network_size', 'build', 'save_network', 'load_network', 'from_pretrained', 'as_batch',
            'predict']
 
-# %% ../nbs/08_network.ipynb #d4643045
+# %% ../nbs/08_network.ipynb #ce0d8efc
 import json
 from pathlib import Path
 import torch
@@ -18,7 +18,7 @@ import stanet, stanet.attention, stanet.embedding
 from .attention import Maps, SpatialAttention, STALayer
 from .packs import atomic
 
-# %% ../nbs/08_network.ipynb #72ebe29c
+# %% ../nbs/08_network.ipynb #2c9329a3
 class SemanticBranch(nn.Module):
     "Average pool and a linear classifier over the global classes (eq. 11)."
     def __init__(self, n_ch: int, n_classes: int):
@@ -27,7 +27,7 @@ class SemanticBranch(nn.Module):
 
     def forward(self, C): return self.W_sem(C.mean((-2, -1)))  # (n, n_ch, h, w) -> logits (n, n_classes)
 
-# %% ../nbs/08_network.ipynb #254b5f45
+# %% ../nbs/08_network.ipynb #a848a80a
 class STANet(nn.Module):
     "STANet on a `backbone` with `n_ch` channels, for `way` classes a task."
     def __init__(self, backbone: nn.Module, way: int = 5, layers: int = 3, d_k: int = 64, d_v: int = 64, attention=SpatialAttention, n_semantic: int = 0, mean=(0.,), std=(1.,), **options):
@@ -64,12 +64,12 @@ class STANet(nn.Module):
             maps = maps.float()
             return self.classify(maps[support], labels, maps[query]), self.semantic(maps) if self.semantic else None
 
-# %% ../nbs/08_network.ipynb #6447f15a
+# %% ../nbs/08_network.ipynb #29fb4a7b
 def network_size(net: nn.Module) -> int:
     "Trainable weights of everything used at test time: all but the semantic branch."
     return sum(p.numel() for n, p in net.named_parameters() if not n.startswith("semantic."))
 
-# %% ../nbs/08_network.ipynb #9f7d6896
+# %% ../nbs/08_network.ipynb #1ecadc8f
 def build(config: dict) -> STANet:
     "The network that `config` describes: backbone, channels, pools, width, way, layers, d_k, d_v, attention, n_semantic, mean, std, sigma."
     c = dict(config)
@@ -78,7 +78,7 @@ def build(config: dict) -> STANet:
     net.config = dict(config)
     return net.to(memory_format=torch.channels_last)
 
-# %% ../nbs/08_network.ipynb #5b115ebe
+# %% ../nbs/08_network.ipynb #a5c7eed5
 def save_network(net: STANet, path, **about):
     "Weights and description in one safetensors file; `about` is kept beside them."
     tensors = {k: v.contiguous() for k, v in net.state_dict().items()}
@@ -97,7 +97,7 @@ def load_network(path) -> STANet:
     net.about = about
     return net.eval()
 
-# %% ../nbs/08_network.ipynb #f667e78c
+# %% ../nbs/08_network.ipynb #8505a56b
 def from_pretrained(key) -> STANet:
     "The network of the run `key`, or in the file `key`."
     places = [Path.cwd(), *Path.cwd().parents, Path(stanet.__file__).resolve().parents[1]]
@@ -107,14 +107,14 @@ def from_pretrained(key) -> STANet:
 
 STANet.from_pretrained = staticmethod(from_pretrained)
 
-# %% ../nbs/08_network.ipynb #1b234ec6
+# %% ../nbs/08_network.ipynb #234c6dfc
 def as_batch(pictures, size: int, channels: int) -> torch.Tensor:  # (n, c, size, size) in [0, 1]
     "PIL pictures as one batch, resized to `size` and converted to grey or colour."
     from torchvision.transforms.v2.functional import pil_to_tensor
     mode = {1: "L", 3: "RGB"}[channels]
     return torch.stack([pil_to_tensor(p.convert(mode).resize((size, size))) for p in pictures]).float() / 255
 
-# %% ../nbs/08_network.ipynb #417a4636
+# %% ../nbs/08_network.ipynb #43691e1a
 @torch.no_grad()
 def predict(net: STANet, support, labels, query) -> torch.Tensor:  # probabilities (Q, way)
     "Classify the pictures `query` by the pictures `support` with their `labels`, all PIL images."

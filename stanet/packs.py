@@ -6,7 +6,7 @@
 __all__ = ['atomic', 'Pack', 'select', 'class_parents', 'semantic_targets', 'digest', 'pack_digest', 'save_pack', 'load_pack',
            'show_images']
 
-# %% ../nbs/01_packs.ipynb #649683c6
+# %% ../nbs/01_packs.ipynb #0137cfa8
 import hashlib, json, os, tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-# %% ../nbs/01_packs.ipynb #7b396e35
+# %% ../nbs/01_packs.ipynb #577c88b1
 @contextmanager
 def atomic(path):
     "A temporary path beside `path`; renamed to it when the block ends well, removed when it does not."
@@ -30,7 +30,7 @@ def atomic(path):
     finally:
         Path(temporary).unlink(missing_ok=True)
 
-# %% ../nbs/01_packs.ipynb #678ffe0e
+# %% ../nbs/01_packs.ipynb #40ac230e
 @dataclass
 class Pack:
     "Labelled images of one data set, held whole in memory."
@@ -52,7 +52,7 @@ class Pack:
     def __len__(self): return len(self.labels)
     def __repr__(self): return f"Pack {self.name}: {len(self):,} images {tuple(self.images.shape[1:])}, {len(self.classes):,} classes, {len(set(self.parents)):,} parents"
 
-# %% ../nbs/01_packs.ipynb #151a7815
+# %% ../nbs/01_packs.ipynb #3738be53
 def select(pack: Pack, names: list) -> Pack:  # the images of the classes `names`, labels renumbered in that order
     "The part of `pack` that belongs to the classes `names`. An unknown name raises a `ValueError`."
     index = {c: i for i, c in enumerate(pack.classes)}
@@ -63,20 +63,20 @@ def select(pack: Pack, names: list) -> Pack:  # the images of the classes `names
     boxes = None if pack.boxes is None else pack.boxes[keep]
     return Pack(pack.images[keep], new[pack.labels[keep]], list(names), [pack.parents[i] for i in old.tolist()], boxes, pack.name)
 
-# %% ../nbs/01_packs.ipynb #c88428f9
+# %% ../nbs/01_packs.ipynb #682288df
 def class_parents(pack: Pack) -> torch.Tensor:  # (number of classes,)
     "The parent category of each class, as an index into the sorted names of the parents."
     names = sorted(set(pack.parents))
     return torch.tensor([names.index(p) for p in pack.parents])
 
-# %% ../nbs/01_packs.ipynb #fbdeb6b9
+# %% ../nbs/01_packs.ipynb #9c06d850
 def semantic_targets(pack: Pack, level: str = "class") -> tuple[torch.Tensor, list]:  # targets (n,) and their names
     "Targets of the semantic loss for each image: its class, or with `level='parent'` its parent category."
     if level == "class": return pack.labels, list(pack.classes)
     if level != "parent": raise ValueError(f"semantic level must be 'class' or 'parent', not {level!r}")
     return class_parents(pack)[pack.labels], sorted(set(pack.parents))
 
-# %% ../nbs/01_packs.ipynb #ab66b74a
+# %% ../nbs/01_packs.ipynb #689b78ee
 def digest(*tensors, text: str = "") -> str:
     "SHA-256 over the text and over the type, shape and bytes of each tensor."
     h = hashlib.sha256(text.encode())
@@ -85,7 +85,7 @@ def digest(*tensors, text: str = "") -> str:
         h.update(memoryview(t.contiguous().cpu().numpy()).cast("B") if t.numel() else b"")
     return h.hexdigest()
 
-# %% ../nbs/01_packs.ipynb #2f899ebc
+# %% ../nbs/01_packs.ipynb #a416a864
 def _content(pack):
     tensors = {"images": pack.images, "labels": pack.labels} | ({} if pack.boxes is None else {"boxes": pack.boxes})
     names = {"name": pack.name, "classes": pack.classes, "parents": pack.parents}
@@ -96,7 +96,7 @@ def pack_digest(pack: Pack) -> str:
     tensors, names = _content(pack)
     return digest(*(tensors[k] for k in sorted(tensors)), text=json.dumps(names, sort_keys=True))
 
-# %% ../nbs/01_packs.ipynb #2978e38b
+# %% ../nbs/01_packs.ipynb #9201ab20
 def save_pack(pack: Pack, path) -> str:  # the digest
     "Write `pack` to one safetensors file, whole or not at all, and return its digest."
     tensors, names = _content(pack)
@@ -105,7 +105,7 @@ def save_pack(pack: Pack, path) -> str:  # the digest
         save_file({k: t.contiguous() for k, t in tensors.items()}, temporary, metadata={"pack": json.dumps(names | {"sha256": sha}, sort_keys=True)})
     return sha
 
-# %% ../nbs/01_packs.ipynb #16b89556
+# %% ../nbs/01_packs.ipynb #dc9ba420
 def load_pack(path) -> Pack:
     "Read a pack and check its digest. A missing, torn, foreign or changed file raises an error that names it."
     path = Path(path)
@@ -121,7 +121,7 @@ def load_pack(path) -> Pack:
     if pack_digest(pack) != sha: raise ValueError(f"{path}: its content is not what was saved (digest differs); remove it and import it again")
     return pack
 
-# %% ../nbs/01_packs.ipynb #4286c745
+# %% ../nbs/01_packs.ipynb #bbc48efc
 def show_images(images, titles=None, columns: int = 10, boxes=None, size: float = 0.9, cmap: str = "gray"):
     "Draw images `(n, h, w, c)` in rows of `columns`, with titles and boxes where given; returns the matplotlib figure."
     import matplotlib.pyplot as plt

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OMNIGLOT', 'decode', 'read_files', 'read_omniglot', 'download_omniglot']
 
-# %% ../nbs/02_sources.ipynb #ada9df8a
+# %% ../nbs/02_sources.ipynb #52870c70
 import warnings
 from pathlib import Path
 import numpy as np
@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 from .packs import Pack
 
-# %% ../nbs/02_sources.ipynb #3ba501bb
+# %% ../nbs/02_sources.ipynb #89682731
 def decode(path, size: int, mode: str) -> np.ndarray:  # uint8 (size, size, c)
     "One image file, resized to `size` with Lanczos resampling if it has another size. A file that is no image raises a `ValueError` that names it."
     try:
@@ -27,7 +27,7 @@ def decode(path, size: int, mode: str) -> np.ndarray:  # uint8 (size, size, c)
         raise ValueError(f"{path}: not a readable image ({error}); get the file again") from None
     return np.asarray(image).reshape(size, size, -1)
 
-# %% ../nbs/02_sources.ipynb #3c9c2418
+# %% ../nbs/02_sources.ipynb #eff03d8d
 def read_files(name: str, files: list, size: int, mode: str, parent_of=None) -> Pack:  # files: (class name, path)
     "The pack of image files, sorted by class and file name; `parent_of` maps a class name to its parent category."
     files = sorted(files, key=lambda f: (f[0], Path(f[1]).name))
@@ -38,7 +38,7 @@ def read_files(name: str, files: list, size: int, mode: str, parent_of=None) -> 
     labels = torch.tensor([index[c] for c, _ in files], dtype=torch.int64)
     return Pack(torch.from_numpy(images), labels, classes, [parent_of(c) if parent_of else c for c in classes], name=name)
 
-# %% ../nbs/02_sources.ipynb #5ac4ecd2
+# %% ../nbs/02_sources.ipynb #d7f1cd34
 OMNIGLOT = {"background": 964, "evaluation": 659}  # characters in each half
 
 def read_omniglot(folder, size: int = 28) -> Pack:
@@ -54,7 +54,7 @@ def read_omniglot(folder, size: int = 28) -> Pack:
         files += found
     return read_files("omniglot", files, size, "L", parent_of=lambda c: c.split("/")[1])
 
-# %% ../nbs/02_sources.ipynb #50b5824f
+# %% ../nbs/02_sources.ipynb #24e681c3
 def download_omniglot(folder) -> Path:
     "Download the two official archives through torchvision, which checks their MD5, and unpack them under `folder`."
     from torchvision.datasets import Omniglot

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['Split', 'omniglot_split', 'omniglot_choice_split', 'quarter_turns', 'glyphs_split', 'make_split']
 
-# %% ../nbs/04_splits.ipynb #b1d729bc
+# %% ../nbs/04_splits.ipynb #583798ce
 import random
 from dataclasses import dataclass
 import torch
 from .packs import Pack
 
-# %% ../nbs/04_splits.ipynb #59b72847
+# %% ../nbs/04_splits.ipynb #4da2a125
 @dataclass(frozen=True)
 class Split:
     "Names of the training, validation and test classes; no class stands in two of them."
@@ -24,27 +24,27 @@ class Split:
         twice = sorted({c for c in everything if everything.count(c) > 1}) if len(set(everything)) < len(everything) else []
         if twice: raise ValueError(f"{twice[0]!r} stands twice in the split ({len(twice)} classes do)")
 
-# %% ../nbs/04_splits.ipynb #e6eb43fb
+# %% ../nbs/04_splits.ipynb #eb7ebcad
 def omniglot_split(pack: Pack) -> Split:
     "The 1,200 training and 423 test characters of Omniglot, evaluation half first."
     order = sorted(pack.classes, key=lambda c: (not c.startswith("evaluation/"), c))
     return Split(order[:1200], [], order[1200:])
 
-# %% ../nbs/04_splits.ipynb #63b8a9dd
+# %% ../nbs/04_splits.ipynb #274b0e50
 def omniglot_choice_split(pack: Pack) -> Split:
     "Omniglot's training characters alone: every eighth of their alphabets stands for the test characters."
     training = omniglot_split(pack).train
     apart = set(sorted({c.split("/")[1] for c in training})[::8])
     return Split([c for c in training if c.split("/")[1] not in apart], [], [c for c in training if c.split("/")[1] in apart])
 
-# %% ../nbs/04_splits.ipynb #dd5532a7
+# %% ../nbs/04_splits.ipynb #2807c70d
 def quarter_turns(pack: Pack) -> Pack:
     "The pack with every class turned by 0, 90, 180 and 270 degrees: four times the classes and images."
     k = len(pack.classes)
     return Pack(torch.cat([pack.images.rot90(q, (1, 2)) for q in range(4)]), torch.cat([pack.labels + q * k for q in range(4)]),
                 [f"{c}@{90 * q}" for q in range(4) for c in pack.classes], pack.parents * 4, name=pack.name)
 
-# %% ../nbs/04_splits.ipynb #3983ce6b
+# %% ../nbs/04_splits.ipynb #76924a67
 def glyphs_split(pack: Pack) -> Split:
     "A fifth of the characters of every script for test, drawn with a fixed seed; the rest for training."
     dice, test = random.Random(0), []
@@ -53,7 +53,7 @@ def glyphs_split(pack: Pack) -> Split:
         test += dice.sample(names, round(len(names) / 5))
     return Split([c for c in pack.classes if c not in set(test)], [], sorted(test))
 
-# %% ../nbs/04_splits.ipynb #14ccd5b5
+# %% ../nbs/04_splits.ipynb #eef8471c
 def make_split(name: str, pack: Pack) -> Split:
     "The split `name` of `pack`. An unknown name raises a `ValueError` that lists the known ones."
     known = {k.removesuffix("_split"): v for k, v in globals().items() if k.endswith("_split") and k != "make_split"}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'read_metrics', 'tidy', 'figure_of', 'wide', 'write_table', 'compare']
 
-# %% ../nbs/13_tables.ipynb #fba89820
+# %% ../nbs/13_tables.ipynb #734bf973
 import json
 from pathlib import Path
 import numpy as np
@@ -13,7 +13,7 @@ import pandas as pd
 from .evaluation import paired
 from .packs import atomic
 
-# %% ../nbs/13_tables.ipynb #af0e7fc6
+# %% ../nbs/13_tables.ipynb #2a2751ce
 COLUMNS = ["method", "variant", "backbone", "params", "dataset", "way", "shot", "paper", "paper_ci", "ours", "ours_ci", "tasks", "seeds", "status", "run"]
 
 def read_metrics(folder) -> dict:  # key -> metrics
@@ -29,7 +29,7 @@ def tidy(paper: pd.DataFrame, metrics: dict) -> pd.DataFrame:
         return {**cell, **measured, "status": status}
     return pd.DataFrame([row(c) for c in paper.to_dict("records")]).reindex(columns=COLUMNS).astype({c: "Int64" for c in ("params", "way", "shot", "tasks", "seeds")} | {"ours": float, "ours_ci": float})
 
-# %% ../nbs/13_tables.ipynb #f889ef8a
+# %% ../nbs/13_tables.ipynb #da68898a
 def figure_of(value, ci) -> str:
     "A percentage with its interval, as tables print it."
     return "" if pd.isna(value) else f"{value:.2f}" if pd.isna(ci) else f"{value:.2f} ± {ci:.2f}"
@@ -49,7 +49,7 @@ def wide(table: pd.DataFrame) -> pd.DataFrame:
     if not any(table.paper.notna()): out = out.drop(columns=["paper", "difference"], level=1)
     return out
 
-# %% ../nbs/13_tables.ipynb #3c62e11d
+# %% ../nbs/13_tables.ipynb #fdc25442
 def write_table(table: pd.DataFrame, stem):
     "Write `stem`.csv (tidy) and `stem`.md, .tex and .html (as printed)."
     stem, flat = Path(stem), wide(table)
@@ -60,7 +60,7 @@ def write_table(table: pd.DataFrame, stem):
     for suffix, text in forms.items():
         with atomic(f"{stem}.{suffix}") as temporary: temporary.write_text(text)
 
-# %% ../nbs/13_tables.ipynb #1ea12929
+# %% ../nbs/13_tables.ipynb #50dd643b
 def compare(runs, key: str, other: str) -> tuple[float, float]:
     "Paired difference in accuracy of the runs `key` and `other` under the folder `runs`, in percent points, with its 95 % interval."
     metrics = [json.loads((Path(runs) / k / "metrics.json").read_text()) for k in (key, other)]

@@ -7,7 +7,7 @@ __all__ = ['Share', 'Count', 'Recipe', 'learning_rate', 'multiplies_bf16', 'mixe
            'Checkpoints', 'State', 'training_step', 'check_state', 'averaged', 'show_progress', 'noted_interrupt',
            'train']
 
-# %% ../nbs/10_training.ipynb #d2e546f7
+# %% ../nbs/10_training.ipynb #0b4d14f0
 import copy, hashlib, json, math, signal, sys, threading, time, warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +23,7 @@ from .episodes import Episodes, augment, gather
 from .losses import full_loss, semantic_loss, task_loss
 from .packs import atomic
 
-# %% ../nbs/10_training.ipynb #8deebf6c
+# %% ../nbs/10_training.ipynb #2645db0c
 Share, Count = Annotated[float, Field(ge=0)], Annotated[int, Field(gt=0)]
 
 class Recipe(BaseModel):
@@ -52,13 +52,13 @@ class Recipe(BaseModel):
     precision: Literal["auto", "bf16", "float32"] = Field("auto", description="number format of the convolutions; auto takes bf16 where the device has matrix units for it")
     seed: int = Field(0, description="of weights, tasks and augmentation")
 
-# %% ../nbs/10_training.ipynb #20bdaa3a
+# %% ../nbs/10_training.ipynb #e4234736
 def learning_rate(recipe: Recipe, step: int) -> float:
     "The learning rate of the step `step`, counted from 0."
     rate = recipe.lr * min(1.0, (step + 1) / recipe.warmup) if recipe.warmup else recipe.lr
     return rate * (1 + math.cos(math.pi * step / recipe.steps)) / 2 if recipe.schedule == "cosine" else rate
 
-# %% ../nbs/10_training.ipynb #2663dbb2
+# %% ../nbs/10_training.ipynb #4e835993
 def multiplies_bf16(device: torch.device) -> bool:
     "Whether the device has matrix units for bfloat16."
     return torch.cuda.is_bf16_supported() if device.type == "cuda" else device.type == "cpu" and torch.cpu._is_amx_tile_supported()
@@ -68,7 +68,7 @@ def mixed_precision(precision: str) -> str:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return "bf16" if precision == "bf16" or precision == "auto" and multiplies_bf16(device) else "no"
 
-# %% ../nbs/10_training.ipynb #a2a22aa3
+# %% ../nbs/10_training.ipynb #f7556efa
 def make_optimiser(net, recipe: Recipe) -> torch.optim.Optimizer:
     "Adam, or AdamW for decoupled decay, with the head's weights decayed or not."
     body = [p for n, p in net.named_parameters() if n.startswith("backbone.")]
@@ -81,7 +81,7 @@ def head_size(net) -> float:
     "The smallest root mean square among the matrices without which no label reaches the output."
     return min(float(m.weight.detach().square().mean().sqrt()) for m in [net.W_o, *(layer.task.W_v for layer in net.layers)])
 
-# %% ../nbs/10_training.ipynb #2b4c42fd
+# %% ../nbs/10_training.ipynb #b25b5349
 class Checkpoints:
     "The states of one run in `folder`; the newest two are kept."
     def __init__(self, folder): self.folder = Path(folder)
@@ -100,7 +100,7 @@ class Checkpoints:
 
     def _files(self): return sorted(self.folder.glob("step-*.safetensors"))
 
-# %% ../nbs/10_training.ipynb #9a0332e5
+# %% ../nbs/10_training.ipynb #11d8cb4a
 class State:
     "Weights, running average, optimiser, generators and history of a run."
     def __init__(self, net, optimiser, episodes, average: float):
@@ -143,7 +143,7 @@ class State:
         if "cuda" in tensors and torch.cuda.is_available(): torch.cuda.set_rng_state(tensors["cuda"])
         self.step, self.history, self.seconds = about["step"], about["history"], about["seconds"]
 
-# %% ../nbs/10_training.ipynb #429db630
+# %% ../nbs/10_training.ipynb #5d437a72
 def training_step(net, images, targets, episodes: Episodes, recipe: Recipe, part: slice = slice(None)):  # -> loss, float32 (4,): loss, task loss, semantic loss, accuracy
     "Losses of the next batch of tasks; `targets` are the semantic labels of all images."
     index, tasks = episodes.batch(recipe.tasks, recipe.mix, recipe.siblings, part)
@@ -155,7 +155,7 @@ def training_step(net, images, targets, episodes: Episodes, recipe: Recipe, part
     accuracy = (logits.argmax(-1) == tasks.query_labels).float().mean()
     return loss, torch.stack([loss.detach(), task.detach(), torch.zeros_like(task) if regular is None else regular.detach(), accuracy])
 
-# %% ../nbs/10_training.ipynb #876f3a87
+# %% ../nbs/10_training.ipynb #4f908489
 def check_state(state: State, row: dict):
     "Stop a run whose loss is not finite; warn if the attention head has died."
     if not all(map(math.isfinite, row.values())):
@@ -164,7 +164,7 @@ def check_state(state: State, row: dict):
         raise FloatingPointError(f"step {state.step}: the loss is {row['loss']}{which}; a lower lr or precision: float32 may help")
     if head_size(state.net) < 1e-4: warnings.warn(f"step {state.step}: the attention head has shrunk to zero and learns no more; use decay_head: false or decoupled: true")
 
-# %% ../nbs/10_training.ipynb #1dfe0468
+# %% ../nbs/10_training.ipynb #5e56bd86
 def averaged(state: State):
     "A copy of the network with the averaged weights, ready for evaluation."
     net = copy.deepcopy(state.net)
@@ -177,7 +177,7 @@ def show_progress(state: State, row: dict, steps: int, every: int, bar):
     if bar is not None: bar.n = state.step; bar.set_description(text)
     elif state.step * 10 // steps != (state.step - every) * 10 // steps: print(f"step {state.step:,} / {steps:,}  {text}  {state.step / max(state.seconds, 1e-9):.0f} steps/s", flush=True)
 
-# %% ../nbs/10_training.ipynb #cca17a2a
+# %% ../nbs/10_training.ipynb #a1dfc669
 @contextmanager
 def noted_interrupt():
     "A list that is empty until Ctrl-C is pressed; the second Ctrl-C is an ordinary one."
@@ -189,7 +189,7 @@ def noted_interrupt():
     finally:
         if main: signal.signal(signal.SIGINT, usual)
 
-# %% ../nbs/10_training.ipynb #7ba7b273
+# %% ../nbs/10_training.ipynb #e33991ca
 def train(net, images, labels, targets, way: int, shot: int, recipe: Recipe, folder, names=None, parents=None, validate=None, validate_every: int = 1000, every: int = 50, save_seconds: float = 30.0):
     "Train `net` on uint8 `images`, labelled by `labels` and for the semantic loss by `targets`; `parents` are the parent categories of the classes. Returns the averaged network, the history and the seconds of training."
     accelerator = Accelerator(mixed_precision=mixed_precision(recipe.precision))
