@@ -10,6 +10,7 @@ BIN = Path(sys.executable).parent
 def run(*command, cwd, check=True, **options):
     "Run a command of this environment in `cwd`, with the package that lies there; returns the finished process with its output."
     env = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(cwd), "DVC_NO_ANALYTICS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    env.pop("IN_TEST", None)  # set by nbdev's test runner, and makes nbdev_export do nothing
     done = subprocess.run(list(map(str, command)), cwd=cwd, env=env, capture_output=True, text=True, **options)
     if check and done.returncode: raise AssertionError(f"{' '.join(map(str, command))} ended with {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
     return done
