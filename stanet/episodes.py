@@ -36,12 +36,12 @@ def class_table(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # (
     table[labels[order], column] = order
     return table, counts
 
-# %% ../nbs/05_episodes.ipynb #2864f720
+# %% ../nbs/05_episodes.ipynb #065e8e60
 class Episodes:
     "Draws batches of tasks from `labels`, on their device. A class with too few images, or too few classes, raises a `ValueError`."
     def __init__(self, labels: torch.Tensor, way: int, shot: int, query: int, single: bool = False, classes: str = "uniform", seed: int = 0, names: list | None = None, parents: torch.Tensor | None = None):
         self.table, self.counts = class_table(labels)
-        self.way, self.shot, self.query, self.single, self.classes = way, shot, query, single, classes
+        self.way, self.shot, self.images, self.single, self.classes = way, shot, shot + query, single, classes
         if way > len(self.counts): raise ValueError(f"{way}-way tasks need {way} classes, and there are {len(self.counts)}")
         if len(few := torch.nonzero(self.counts < shot + query).flatten()):
             raise ValueError(f"class {names[few[0]] if names else int(few[0])!r} has {int(self.counts[few[0]])} images, too few for {shot} shots and {query} queries")
@@ -50,6 +50,9 @@ class Episodes:
         self.deck = torch.empty(0, way, dtype=torch.int64, device=labels.device)
 
     def _rand(self, *shape): return torch.rand(shape, generator=self.generator, device=self.table.device)
+
+    def _rand_of(self, part, deals, tasks, *shape):  # drawn for the tasks of all processes, so that their generators stay in step
+        return self._rand(deals, tasks if part == slice(None) else tasks * part.step, *shape)[:, part]
 
     def _siblings(self, n):  # -> (n, way), each row of one parent
         large = torch.nonzero(self.parents.bincount() >= self.way).flatten()
@@ -70,12 +73,12 @@ class Episodes:
     def _images(self, chosen):  # classes (n, way) -> image indices (n, way, shot + query)
         rank = self._rand(*chosen.shape, self.table.shape[1])
         rank = rank.masked_fill(torch.arange(rank.shape[2], device=rank.device) >= self.counts[chosen][..., None], -1)
-        return self.table[chosen].gather(2, rank.topk(self.shot + self.query).indices)
+        return self.table[chosen].gather(2, rank.topk(self.images).indices)
 
-    def _deal(self, images) -> Tasks:  # (n, way, shot + query)
+    def _deal(self, images, deals: int = 1, part: slice = slice(None)) -> Tasks:  # (deals * tasks of this part, way, shot + query)
         label = torch.arange(self.way, device=images.device)[None, :, None].expand_as(images)
         support, query = [t[..., :self.shot].flatten(1) for t in (images, label)], [t[..., self.shot:].flatten(1) for t in (images, label)]
-        order = self._rand(*query[0].shape).argsort()[:, :1 if self.single else None]
+        order = self._rand_of(part, deals, len(images) // deals, query[0].shape[1]).flatten(0, 1).argsort()[:, :1 if self.single else None]
         return Tasks(*support, *(t.gather(1, order) for t in query))
 
     def draw(self, n: int) -> Tasks:
@@ -87,11 +90,11 @@ class Episodes:
         images = self._images(self._siblings(n) if siblings else self._classes(n, distinct=mix > 1))[part]
         place = torch.arange(images.numel(), device=images.device).view_as(images)
         if mix > 1:
-            order = self._rand(mix, len(images) * self.way).argsort()
+            order = self._rand_of(part, mix, len(images), self.way).flatten(1).argsort()
             order[:round(mix * siblings)] = torch.arange(order.shape[1], device=order.device)
-            place = place.flatten(0, 1)[order].view(-1, self.way, self.shot + self.query)
-            place = place.gather(2, self._rand(*place.shape).argsort())
-        return images.flatten(), self._deal(place)
+            place = place.flatten(0, 1)[order].view(-1, self.way, self.images)
+            place = place.gather(2, self._rand_of(part, mix, len(images), self.way, self.images).flatten(0, 1).argsort())
+        return images.flatten(), self._deal(place, mix, part)
 
     def state(self) -> dict: return {"generator": self.generator.get_state(), "deck": self.deck.cpu()}
 
@@ -104,11 +107,11 @@ def gather(images: torch.Tensor, index: torch.Tensor) -> torch.Tensor:  # float 
     "The images `index` (any shape, n in all) of the uint8 tensor `images` `(N, h, w, c)`."
     return images[index.flatten()].permute(0, 3, 1, 2).float().div_(255)
 
-# %% ../nbs/05_episodes.ipynb #22dcb8c5
-def augment(images, generator, flip: bool = False, shift: float = 0., rotate: float = 0., scale: float = 0., colour: float = 0.):
-    "Augment float images `(n, c, h, w)`: `shift` as a share of the side, `rotate` in degrees, `scale` and `colour` as relative ranges. Zeros leave the images alone."
+# %% ../nbs/05_episodes.ipynb #0eb28082
+def augment(images, generator, flip: bool = False, shift: float = 0., rotate: float = 0., scale: float = 0., colour: float = 0., tasks: int = 1, part: slice = slice(None)):
+    "Augment float images `(n, c, h, w)`: `shift` as a share of the side, `rotate` in degrees, `scale` and `colour` as relative ranges. Zeros leave the images alone. `images` may be those of a `part` of `tasks` tasks."
     n, c = images.shape[:2]
-    def uniform(*shape): return torch.rand(shape, generator=generator, device=images.device) * 2 - 1
+    def uniform(_, *shape): return (torch.rand((tasks, n // len(range(tasks)[part]), *shape), generator=generator, device=images.device) * 2 - 1)[part].flatten(0, 1)
     if flip or shift or rotate or scale:
         mirror = uniform(n).sign() if flip else torch.ones(n, device=images.device)
         angle, size = uniform(n) * rotate * torch.pi / 180, (uniform(n) * scale).exp()

@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'DATASETS', 'Run', 'TaskSet', 'Params', 'problems_of', 'root', 'load_params', 'skeleton',
-           'reachable', 'fingerprint', 'run_fingerprint', 'notebook_fingerprint', 'write_fingerprints', 'prepare',
-           'scratch_folder', 'fit', 'measure', 'describe_device', 'metrics_of', 'record', 'with_palette', 'execute',
-           'data_import', 'data_download', 'check', 'fingerprints', 'glyphs', 'tasks', 'find_run', 'train_command',
-           'fit_command', 'report', 'with_results', 'readme', 'main']
+           'reachable', 'fingerprint', 'run_fingerprint', 'notebook_fingerprint', 'write_fingerprints', 'pack_path',
+           'note_digest', 'check_digest', 'load_data', 'task_set', 'prepare', 'scratch_folder', 'fit', 'measure',
+           'metrics_of', 'record', 'with_palette', 'execute', 'data_import', 'data_download', 'check', 'fingerprints',
+           'glyphs', 'tasks', 'find_run', 'train_command', 'fit_command', 'report', 'with_results', 'readme', 'main']
 
-# %% ../nbs/14_experiment.ipynb #838d3a9e
-import ast, base64, hashlib, io, json, os, platform, re, symtable, sys
-from importlib.metadata import version
+# %% ../nbs/14_experiment.ipynb #1ef4bc20
+import ast, base64, hashlib, io, json, os, re, symtable, sys
 from pathlib import Path
 from typing import Annotated, Literal
 import numpy as np
@@ -21,7 +20,7 @@ import yaml
 from PIL import Image
 import stanet
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from .episodes import draw_task_set, load_tasks, save_tasks, tasks_digest
+from .episodes import Tasks, draw_task_set, load_tasks, save_tasks, tasks_digest
 from .evaluation import accuracy, embed_images, score
 from .maps import box_scores
 from .network import build, network_size, save_network
@@ -29,11 +28,11 @@ from .packs import Pack, atomic, class_parents, digest, load_pack, pack_digest, 
 from .splits import make_split, quarter_turns
 from .training import Count, Recipe, Share, train
 
-# %% ../nbs/14_experiment.ipynb #2d95ca30
+# %% ../nbs/14_experiment.ipynb #65869172
 class Run(Recipe):
     "One training with its test: the fields of a recipe and these."
     key: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")] = Field(description="name of the run and of its folder under runs/")
-    pack: str = Field("packs/glyphs.safetensors", description="the data")
+    pack: str = Field("glyphs", description="the data: the name of a pack")
     split: str = Field("glyphs", description="which classes are for training, validation and test")
     test: str = Field("glyphs-5w1s", description="the set of test tasks, one of task_sets")
     way: Annotated[int, Field(ge=2)] = Field(5, description="classes a task")
@@ -41,6 +40,7 @@ class Run(Recipe):
     backbone: str = Field("Conv64", description="the embedding network")
     width: Count = Field(64, description="its channels")
     pools: Count = Field(4, description="how many of its blocks pool")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="dropout after each of its blocks, in training")
     layers: Count = Field(3, description="STA layers")
     d_k: Count = Field(64, description="width of queries and keys")
     d_v: Count = Field(64, description="width of the values")
@@ -51,11 +51,11 @@ class Run(Recipe):
     validate_tasks: Annotated[int, Field(ge=0)] = Field(0, description="validation tasks for the curve in the history; 0 for none")
     validate_every: Count = Field(1000, description="steps between two validations")
 
-# %% ../nbs/14_experiment.ipynb #5bbc5116
+# %% ../nbs/14_experiment.ipynb #f90d2182
 class TaskSet(BaseModel):
     "A fixed set of test tasks."
     model_config = ConfigDict(extra="forbid", frozen=True)
-    pack: str = Field(description="the data")
+    pack: str = Field(description="the data: the name of a pack")
     split: str = Field(description="whose test classes")
     way: Annotated[int, Field(ge=2)] = Field(5, description="classes a task")
     shot: Count = Field(1, description="support images a class")
@@ -162,7 +162,37 @@ def write_fingerprints(params: Params, folder):
         if not (folder / name).is_file() or (folder / name).read_text() != mark + "\n":
             with atomic(folder / name) as temporary: temporary.write_text(mark + "\n")
 
-# %% ../nbs/14_experiment.ipynb #6627aba8
+# %% ../nbs/14_experiment.ipynb #f1bbed22
+def pack_path(name: str) -> Path:
+    "Where the pack `name` is kept."
+    return root() / ("packs" if name == "glyphs" else "data") / f"{name}.safetensors"
+
+def note_digest(path, sha: str):
+    "Write a digest to the small file that git and the pipeline see."
+    with atomic(path) as temporary: temporary.write_text(sha + "\n")
+
+def check_digest(path, sha: str, what: str):
+    "Refuse `what` if its digest is not the noted one."
+    if Path(path).is_file() and Path(path).read_text().strip() != sha: raise ValueError(f"{what} is not the one that {Path(path).relative_to(root())} was noted for; the results here were made with that one")
+
+# %% ../nbs/14_experiment.ipynb #9198db75
+def load_data(name: str) -> Pack:
+    "The pack `name`, checked against its noted digest."
+    pack = load_pack(pack_path(name))
+    check_digest(root() / "packs" / f"{name}.sha256", pack_digest(pack), f"the pack {name}")
+    return pack
+
+def task_set(name: str, t: TaskSet, pack: Pack) -> Tasks:
+    "The test tasks `name`, described by `t`: read, or drawn if they have not been, and checked against their noted digest."
+    path = root() / "tasks" / f"{name}.safetensors"
+    if not path.is_file():
+        unseen = select(pack, make_split(t.split, pack).test)
+        save_tasks(draw_task_set(unseen.labels, t.way, t.shot, t.query, t.n, t.seed, unseen.classes), path, pack_digest(pack))
+    tasks = load_tasks(path, pack_digest(pack))
+    check_digest(path.with_suffix(".sha256"), tasks_digest(tasks), f"the task set {name}")
+    return tasks
+
+# %% ../nbs/14_experiment.ipynb #d43cf799
 def prepare(run: Run, pack: Pack):  # -> network, training pack, semantic targets, split
     "An untrained network for `run`, with what it is trained on."
     split = make_split(run.split, pack)
@@ -170,17 +200,17 @@ def prepare(run: Run, pack: Pack):  # -> network, training pack, semantic target
     if run.turns: training = quarter_turns(training)
     targets, names = semantic_targets(training, run.semantic)
     pixels = [training.images[..., c].float() / 255 for c in range(training.images.shape[-1])]
-    config = dict(backbone=run.backbone, channels=len(pixels), width=run.width, pools=run.pools, way=run.way, layers=run.layers, d_k=run.d_k, d_v=run.d_v, attention=run.attention, sigma=run.sigma,
+    config = dict(backbone=run.backbone, channels=len(pixels), width=run.width, pools=run.pools, dropout=run.dropout, way=run.way, layers=run.layers, d_k=run.d_k, d_v=run.d_v, attention=run.attention, sigma=run.sigma,
                   n_semantic=len(names) if run.semantic_weight else 0, mean=[round(float(p.mean()), 6) for p in pixels], std=[round(float(p.std()), 6) for p in pixels], size=pack.images.shape[1])
     torch.manual_seed(run.seed)
     return build(config), training, targets, split
 
-# %% ../nbs/14_experiment.ipynb #4a4ef21e
+# %% ../nbs/14_experiment.ipynb #4ea79dd4
 def scratch_folder(run: Run, pack: Pack) -> Path:
     "Where the run keeps its states, by a hash of parameters, code and data."
     return root() / "scratch" / f"{run.key}-{hashlib.sha256((run_fingerprint(run) + pack_digest(pack)).encode()).hexdigest()[:16]}"
 
-def fit(run: Run, pack: Pack):  # -> network, history, seconds
+def fit(run: Run, pack: Pack):  # -> network, history, what is known of the training
     "Train `run`, from its last state if there is one."
     net, training, targets, split = prepare(run, pack)
     validate = None
@@ -197,14 +227,7 @@ def measure(run: Run, net, pack: Pack, tasks):  # -> correct answers of each tas
     maps = embed_images(net, unseen.images)
     return score(net, maps, tasks), maps, unseen
 
-# %% ../nbs/14_experiment.ipynb #dd17f259
-def describe_device() -> dict:
-    "The device and the versions that a result depends on."
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), platform.processor()) if Path("/proc/cpuinfo").exists() else platform.processor()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cpu}, {torch.get_num_threads()} threads"
-    return {"device": device, "python": platform.python_version(), **{p: version(p) for p in ("torch", "torchvision", "accelerate", "numpy")}}
-
-# %% ../nbs/14_experiment.ipynb #efed2e60
+# %% ../nbs/14_experiment.ipynb #35ea2720
 def metrics_of(run: Run, net, correct, tasks, extra: dict) -> dict:
     "The metrics of a run: accuracy, interval, and digests of what they were measured with."
     answers = tasks.query.shape[1]
@@ -212,11 +235,11 @@ def metrics_of(run: Run, net, correct, tasks, extra: dict) -> dict:
     return {"key": run.key, "accuracy": round(mean, 4), "ci95": round(half, 4), "tasks": len(correct), "queries": answers, "way": run.way, "shot": run.shot, "seed": run.seed, "steps": run.steps, "parameters": network_size(net),
             "weights_sha256": digest(*(t for _, t in sorted(net.state_dict().items()))), "tasks_sha256": tasks_digest(tasks), "correct_sha256": digest(torch.from_numpy(correct)), **extra}
 
-def record(run: Run, net, history, seconds: float, correct, tasks, pack: Pack, extra: dict | None = None, folder=None) -> dict:
-    "Write the files of a finished run and return its metrics."
+def record(run: Run, net, history, trained: dict, correct, tasks, pack: Pack, extra: dict | None = None, folder=None) -> dict:
+    "Write the files of a finished run and return its metrics; `trained` is what `fit` says of the training."
     folder = Path(folder or root() / "runs" / run.key)
     metrics = metrics_of(run, net, correct, tasks, extra or {})
-    card = {"run": run.model_dump(), "metrics": metrics, "pack": {"name": pack.name, "sha256": pack_digest(pack)}, "training_seconds": round(seconds, 1), "steps_per_second": round(run.steps / max(seconds, 1e-9), 2), **describe_device()}
+    card = {"run": run.model_dump(), "metrics": metrics, "pack": {"name": pack.name, "sha256": pack_digest(pack)}, **trained}
     save_network(net, folder / "model.safetensors", key=run.key)
     with atomic(folder / "history.csv") as temporary: history.round(6).to_csv(temporary, index=False)
     with atomic(folder / "tasks.npz") as temporary, open(temporary, "wb") as f: np.savez_compressed(f, correct=correct)
@@ -253,7 +276,7 @@ def execute(notebook, output, parameters: dict):
     with atomic(output) as temporary: temporary.write_text(json.dumps(nb, indent=1, ensure_ascii=False) + "\n")
     draft.unlink()
 
-# %% ../nbs/14_experiment.ipynb #de01f6bf
+# %% ../nbs/14_experiment.ipynb #8e8bbfcd
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Few-shot learning with STANet: data, runs and reports.")
 data_app = typer.Typer(no_args_is_help=True, help="Real data sets, as packs under data/.")
 app.add_typer(data_app, name="data")
@@ -265,7 +288,8 @@ def _reader(name, which):
     return getattr(stanet.sources, DATASETS[name][which])
 
 def _save_data(name, pack):
-    sha = save_pack(pack, root() / "data" / f"{name}.safetensors")
+    sha = save_pack(pack, pack_path(name))
+    note_digest(root() / "packs" / f"{name}.sha256", sha)
     print(f"data/{name}.safetensors: {pack}, sha256 {sha[:16]}")
 
 # %% ../nbs/14_experiment.ipynb #29531280
@@ -285,7 +309,7 @@ def check():
     params = load_params()
     print(f"params.yaml: {len(params.runs)} runs and {len(params.task_sets)} task sets are in order")
 
-# %% ../nbs/14_experiment.ipynb #e861d493
+# %% ../nbs/14_experiment.ipynb #ee72acc7
 @app.command()
 def fingerprints():
     "Write the fingerprints that the pipeline's stages depend on."
@@ -295,17 +319,17 @@ def fingerprints():
 def glyphs():
     "Draw the embedded data set."
     import stanet.glyphs
-    print(save_pack(stanet.glyphs.glyphs(), root() / "packs" / "glyphs.safetensors"))
+    note_digest(root() / "packs" / "glyphs.sha256", save_pack(stanet.glyphs.glyphs(), pack_path("glyphs")))
 
 @app.command()
 def tasks(name: str):
     "Draw the test tasks NAME."
+    path = root() / "tasks" / f"{name}.safetensors"
+    for old in (path, path.with_suffix(".sha256")): old.unlink(missing_ok=True)
     t = load_params().task_sets[name]
-    pack = load_pack(root() / t.pack)
-    unseen = select(pack, make_split(t.split, pack).test)
-    save_tasks(draw_task_set(unseen.labels, t.way, t.shot, t.query, t.n, t.seed, unseen.classes), root() / "tasks" / f"{name}.safetensors", pack_digest(pack))
+    note_digest(path.with_suffix(".sha256"), tasks_digest(task_set(name, t, load_data(t.pack))))
 
-# %% ../nbs/14_experiment.ipynb #a97c9bed
+# %% ../nbs/14_experiment.ipynb #791bdd56
 def find_run(key: str) -> Run:
     "The run `key` of params.yaml."
     runs = load_params().runs
@@ -321,7 +345,7 @@ def train_command(key: str):
 def fit_command(key: str):
     "Train the run KEY without the notebook; `stanet train KEY` then finds it finished."
     run = find_run(key)
-    fit(run, load_pack(root() / run.pack))
+    fit(run, load_data(run.pack))
 
 @app.command()
 def report(name: str):
@@ -343,8 +367,8 @@ def readme():
     text = with_results(path.read_text(), root() / "results")
     with atomic(path) as temporary: temporary.write_text(text)
 
-# %% ../nbs/14_experiment.ipynb #85dd53ba
+# %% ../nbs/14_experiment.ipynb #72060f98
 def main():
     "The `stanet` command: errors that a user can cause are one line."
     try: app()
-    except (ValueError, FileNotFoundError, FloatingPointError) as error: sys.exit(f"stanet: {error}")
+    except (ValueError, OSError, FloatingPointError) as error: sys.exit(f"stanet: {error}")

@@ -69,11 +69,11 @@ def network_size(net: nn.Module) -> int:
     "Trainable weights of everything used at test time: all but the semantic branch."
     return sum(p.numel() for n, p in net.named_parameters() if not n.startswith("semantic."))
 
-# %% ../nbs/08_network.ipynb #1ecadc8f
+# %% ../nbs/08_network.ipynb #26e8769a
 def build(config: dict) -> STANet:
-    "The network that `config` describes: backbone, channels, pools, width, way, layers, d_k, d_v, attention, n_semantic, mean, std, sigma."
+    "The network that `config` describes: backbone, channels, pools, width, dropout, way, layers, d_k, d_v, attention, n_semantic, mean, std, sigma."
     c = dict(config)
-    backbone = getattr(stanet.embedding, c.pop("backbone"))(c.pop("channels"), c.pop("width"), c.pop("pools"))
+    backbone = getattr(stanet.embedding, c.pop("backbone"))(**{k: c.pop(k) for k in ("channels", "width", "pools", "dropout") if k in c})
     net = STANet(backbone, attention=getattr(stanet.attention, c.pop("attention")), **c)
     net.config = dict(config)
     return net.to(memory_format=torch.channels_last)

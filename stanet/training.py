@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['Share', 'Count', 'Recipe', 'learning_rate', 'multiplies_bf16', 'mixed_precision', 'make_optimiser', 'head_size',
-           'Checkpoints', 'State', 'training_step', 'check_state', 'averaged', 'show_progress', 'noted_interrupt',
-           'train']
+           'Checkpoints', 'alone', 'State', 'training_step', 'check_state', 'averaged', 'show_progress',
+           'describe_device', 'devices_together', 'noted_interrupt', 'ready', 'train', 'run_steps']
 
-# %% ../nbs/10_training.ipynb #0b4d14f0
-import copy, hashlib, json, math, signal, sys, threading, time, warnings
-from contextlib import contextmanager
+# %% ../nbs/10_training.ipynb #1c129d52
+import copy, hashlib, json, math, platform, signal, sys, threading, time, warnings
+from contextlib import contextmanager, nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
 import pandas as pd
 import torch
 from accelerate import Accelerator
-from pydantic import BaseModel, ConfigDict, Field
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors import safe_open
 from safetensors.torch import load, save
 from tqdm import tqdm
@@ -23,7 +25,7 @@ from .episodes import Episodes, augment, gather
 from .losses import full_loss, semantic_loss, task_loss
 from .packs import atomic
 
-# %% ../nbs/10_training.ipynb #2645db0c
+# %% ../nbs/10_training.ipynb #56438ba7
 Share, Count = Annotated[float, Field(ge=0)], Annotated[int, Field(gt=0)]
 
 class Recipe(BaseModel):
@@ -34,6 +36,7 @@ class Recipe(BaseModel):
     mix: Count = Field(1, description="times that the images of a step are dealt into tasks anew")
     siblings: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="share of these deals in which the classes of a task have one parent")
     query: Count = Field(1, description="query images a class drawn for each task")
+    one_shot: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="share of the steps, from the first on, in which one of the images of a class is support and all others are queries, whatever the shot")
     single: bool = Field(True, description="keep one query a task, of a random class, as the paper does")
     classes: Literal["epoch", "uniform"] = Field("epoch", description="classes without replacement over an epoch, or anew for each task")
     lr: Annotated[float, Field(gt=0)] = Field(3e-4, description="learning rate of Adam")
@@ -51,6 +54,12 @@ class Recipe(BaseModel):
     colour: Share = Field(0.0, description="largest change of a channel's gain, and half of it as offset")
     precision: Literal["auto", "bf16", "float32"] = Field("auto", description="number format of the convolutions; auto takes bf16 where the device has matrix units for it")
     seed: int = Field(0, description="of weights, tasks and augmentation")
+
+    @model_validator(mode="after")
+    def consistent(self):
+        if self.mix > 1 and self.classes == "epoch": raise ValueError("mix > 1 deals the images of different classes anew and needs classes: uniform")
+        if self.siblings and self.mix == 1: raise ValueError("siblings is a share of the deals of mix, which is 1")
+        return self
 
 # %% ../nbs/10_training.ipynb #e4234736
 def learning_rate(recipe: Recipe, step: int) -> float:
@@ -100,14 +109,25 @@ class Checkpoints:
 
     def _files(self): return sorted(self.folder.glob("step-*.safetensors"))
 
-# %% ../nbs/10_training.ipynb #11d8cb4a
+# %% ../nbs/10_training.ipynb #655e1a78
+@contextmanager
+def alone(folder):
+    "Hold `folder` for this process; if another one does, a `BlockingIOError` says so."
+    lock = FileLock(Path(folder) / ".lock")
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    try: lock.acquire(timeout=0)
+    except Timeout: raise BlockingIOError(f"{Path(folder).name} is being trained by another process; wait until it has ended, or stop it") from None
+    try: yield
+    finally: lock.release()
+
+# %% ../nbs/10_training.ipynb #129a21d5
 class State:
     "Weights, running average, optimiser, generators and history of a run."
     def __init__(self, net, optimiser, episodes, average: float):
         self.net, self.optimiser, self.episodes, self.decay = net, optimiser, episodes, average
         self.live = [t for t in net.state_dict().values() if t.is_floating_point()]
         self.mean = [t.clone() for t in self.live]
-        self.step, self.history, self.seconds = 0, [], 0.0
+        self.step, self.history, self.seconds, self.devices = 0, [], 0.0, {}
         self.sums, self.window = torch.zeros(4, device=self.live[0].device), 0
 
     def advance(self, values):
@@ -141,13 +161,15 @@ class State:
         torch.set_rng_state(tensors["torch"])
         self.sums.copy_(tensors["sums"][:4]); self.window = int(tensors["sums"][4])
         if "cuda" in tensors and torch.cuda.is_available(): torch.cuda.set_rng_state(tensors["cuda"])
-        self.step, self.history, self.seconds = about["step"], about["history"], about["seconds"]
+        self.step, self.history, self.seconds, self.devices = (about[k] for k in ("step", "history", "seconds", "devices"))
 
-# %% ../nbs/10_training.ipynb #5d437a72
+    def about(self) -> dict: return {"history": self.history, "seconds": self.seconds, "devices": self.devices}
+
+# %% ../nbs/10_training.ipynb #dcf71099
 def training_step(net, images, targets, episodes: Episodes, recipe: Recipe, part: slice = slice(None)):  # -> loss, float32 (4,): loss, task loss, semantic loss, accuracy
     "Losses of the next batch of tasks; `targets` are the semantic labels of all images."
     index, tasks = episodes.batch(recipe.tasks, recipe.mix, recipe.siblings, part)
-    batch = augment(gather(images, index), episodes.generator, recipe.flip, recipe.shift, recipe.rotate, recipe.scale, recipe.colour)
+    batch = augment(gather(images, index), episodes.generator, recipe.flip, recipe.shift, recipe.rotate, recipe.scale, recipe.colour, recipe.tasks, part)
     logits, semantic = net(batch, tasks.support, tasks.support_labels, tasks.query)
     task = task_loss(logits, tasks.query_labels)
     regular = semantic_loss(semantic, targets[index]) if semantic is not None else None
@@ -155,11 +177,12 @@ def training_step(net, images, targets, episodes: Episodes, recipe: Recipe, part
     accuracy = (logits.argmax(-1) == tasks.query_labels).float().mean()
     return loss, torch.stack([loss.detach(), task.detach(), torch.zeros_like(task) if regular is None else regular.detach(), accuracy])
 
-# %% ../nbs/10_training.ipynb #4f908489
+# %% ../nbs/10_training.ipynb #cb038daa
 def check_state(state: State, row: dict):
-    "Stop a run whose loss is not finite; warn if the attention head has died."
-    if not all(map(math.isfinite, row.values())):
-        bad = [n for n, p in state.net.named_parameters() if not torch.isfinite(p).all()]
+    "Stop a run whose loss or weights are not finite; warn if the attention head has died."
+    finite = torch.stack([p.isfinite().all() for p in state.net.parameters()]).tolist()
+    if not all(map(math.isfinite, row.values())) or not all(finite):
+        bad = [n for (n, _), ok in zip(state.net.named_parameters(), finite) if not ok]
         which = f", and {len(bad)} tensors are not finite, the first of them {bad[0]}" if bad else ""
         raise FloatingPointError(f"step {state.step}: the loss is {row['loss']}{which}; a lower lr or precision: float32 may help")
     if head_size(state.net) < 1e-4: warnings.warn(f"step {state.step}: the attention head has shrunk to zero and learns no more; use decay_head: false or decoupled: true")
@@ -177,6 +200,18 @@ def show_progress(state: State, row: dict, steps: int, every: int, bar):
     if bar is not None: bar.n = state.step; bar.set_description(text)
     elif state.step * 10 // steps != (state.step - every) * 10 // steps: print(f"step {state.step:,} / {steps:,}  {text}  {state.step / max(state.seconds, 1e-9):.0f} steps/s", flush=True)
 
+# %% ../nbs/10_training.ipynb #826d0031
+def describe_device() -> dict:
+    "The device and the versions that a result depends on."
+    info = Path("/proc/cpuinfo")
+    cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")), "") if info.exists() else ""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cpu or platform.processor()}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+    return {"device": device, "python": platform.python_version(), **{p: version(p) for p in ("torch", "torchvision", "accelerate", "numpy")}}
+
+def devices_together(before: dict, now: dict) -> dict:
+    "The two descriptions in one, field by field: 'this; that' where they differ."
+    return {k: before.get(k, v) if v in before.get(k, v).split("; ") else f"{before[k]}; {v}" for k, v in now.items()}
+
 # %% ../nbs/10_training.ipynb #a1dfc669
 @contextmanager
 def noted_interrupt():
@@ -189,34 +224,52 @@ def noted_interrupt():
     finally:
         if main: signal.signal(signal.SIGINT, usual)
 
-# %% ../nbs/10_training.ipynb #e33991ca
-def train(net, images, labels, targets, way: int, shot: int, recipe: Recipe, folder, names=None, parents=None, validate=None, validate_every: int = 1000, every: int = 50, save_seconds: float = 30.0):
-    "Train `net` on uint8 `images`, labelled by `labels` and for the semantic loss by `targets`; `parents` are the parent categories of the classes. Returns the averaged network, the history and the seconds of training."
+# %% ../nbs/10_training.ipynb #61157f4a
+def ready(net, images, labels, way: int, shot: int, recipe: Recipe, names, parents):  # -> Accelerator, the prepared network, State, this process's part of the tasks
+    "Everything that a training starts with."
     accelerator = Accelerator(mixed_precision=mixed_precision(recipe.precision))
-    images, labels, targets, net = (t.to(accelerator.device) for t in (images, labels, targets, net))
-    episodes = Episodes(labels, way, shot, recipe.query, recipe.single, recipe.classes, recipe.seed, names, parents)
-    wrapped, optimiser = accelerator.prepare(net.train(), make_optimiser(net, recipe))
-    state, checkpoints = State(net, optimiser, episodes, recipe.average), Checkpoints(folder)
-    if (found := checkpoints.latest()) is not None: state.restore(*found)
-    part = slice(accelerator.process_index, None, accelerator.num_processes)
+    if recipe.tasks % accelerator.num_processes: raise ValueError(f"tasks: {recipe.tasks} can't be shared by {accelerator.num_processes} processes")
+    episodes = Episodes(labels.to(accelerator.device), way, shot, recipe.query, recipe.single, recipe.classes, recipe.seed, names, parents)
+    net = net.to(accelerator.device).train()
+    wrapped, optimiser = accelerator.prepare(net, make_optimiser(net, recipe))
+    part = slice(accelerator.process_index, None, accelerator.num_processes) if accelerator.num_processes > 1 else slice(None)
+    return accelerator, wrapped, State(net, optimiser, episodes, recipe.average), part
+
+# %% ../nbs/10_training.ipynb #70a11f52
+def train(net, images, labels, targets, way: int, shot: int, recipe: Recipe, folder, names=None, parents=None, validate=None, validate_every: int = 1000, every: int = 50, save_seconds: float = 30.0):
+    "Train `net` on uint8 `images`, labelled by `labels` and for the semantic loss by `targets`; `parents` are the parent categories of the classes. Returns the averaged network, the history, and a dictionary with seconds, speed, device and versions."
+    accelerator, wrapped, state, part = ready(net, images, labels, way, shot, recipe, names, parents)
+    images, targets = images.to(accelerator.device), targets.to(accelerator.device)
+    checkpoints = Checkpoints(folder)
+    with alone(folder) if accelerator.is_main_process else nullcontext():
+        if (found := checkpoints.latest()) is not None: state.restore(*found)
+        if state.step < recipe.steps: run_steps(accelerator, wrapped, state, images, targets, shot, recipe, part, checkpoints, validate, validate_every, every, save_seconds)
+    about = {"training_seconds": round(state.seconds, 1), "steps_per_second": round(recipe.steps / max(state.seconds, 1e-9), 2), **state.devices}
+    return averaged(state), pd.DataFrame(state.history), about
+
+# %% ../nbs/10_training.ipynb #fe44d816
+def run_steps(accelerator, net, state: State, images, targets, shot: int, recipe: Recipe, part, checkpoints: Checkpoints, validate, validate_every: int, every: int, save_seconds: float):
+    "The steps from `state` to the recipe's last."
+    state.devices = devices_together(state.devices, describe_device())
     bar = tqdm(total=recipe.steps, initial=state.step) if sys.stderr.isatty() else None
     clock = saved = time.perf_counter()
     with noted_interrupt() as interrupted:
         while state.step < recipe.steps:
-            for group in optimiser.param_groups: group["lr"] = learning_rate(recipe, state.step)
-            loss, values = training_step(wrapped, images, targets, episodes, recipe, part)
+            for group in state.optimiser.param_groups: group["lr"] = learning_rate(recipe, state.step)
+            state.episodes.shot = 1 if state.step < recipe.one_shot * recipe.steps else shot
+            loss, values = training_step(net, images, targets, state.episodes, recipe, part)
             accelerator.backward(loss)
-            optimiser.step()
-            optimiser.zero_grad()
+            state.optimiser.step()
+            state.optimiser.zero_grad()
             state.advance(values)
-            if state.step % every == 0 or state.step == recipe.steps:
+            last = state.step == recipe.steps
+            if state.step % every == 0 or last:
                 row = state.close_window()
                 check_state(state, row)
-                if validate and (state.step % validate_every == 0 or state.step == recipe.steps): row["validation"] = validate(averaged(state))
+                if validate and (state.step % validate_every == 0 or last): row["validation"] = validate(averaged(state))
                 state.seconds += time.perf_counter() - clock; clock = time.perf_counter()
                 show_progress(state, row, recipe.steps, every, bar)
-            if interrupted or state.step == recipe.steps or state.step % every == 0 and time.perf_counter() - saved > save_seconds:
-                if accelerator.is_main_process: checkpoints.save(state.step, state.tensors(), {"history": state.history, "seconds": state.seconds})
+            if interrupted or last or state.step % every == 0 and time.perf_counter() - saved > save_seconds:
+                if accelerator.is_main_process: checkpoints.save(state.step, state.tensors(), state.about())
                 saved = time.perf_counter()
             if interrupted: raise KeyboardInterrupt(f"stopped and saved at step {state.step:,} of {recipe.steps:,}; the same command goes on from there")
-    return averaged(state), pd.DataFrame(state.history), state.seconds
