@@ -28,10 +28,11 @@ from .packs import Pack, atomic, class_parents, digest, load_pack, pack_digest, 
 from .splits import make_split, quarter_turns
 from .training import Count, Recipe, Share, train
 
-# %% ../nbs/14_experiment.ipynb #65869172
+# %% ../nbs/14_experiment.ipynb #4edf0cf7
 class Run(Recipe):
     "One training with its test: the fields of a recipe and these."
     key: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")] = Field(description="name of the run and of its folder under runs/")
+    recipe: str = Field("", description="name of the recipe that it takes its training from")
     pack: str = Field("glyphs", description="the data: the name of a pack")
     split: str = Field("glyphs", description="which classes are for training, validation and test")
     test: str = Field("glyphs-5w1s", description="the set of test tasks, one of task_sets")
@@ -74,7 +75,7 @@ def _definitions():  # top-level names of the package -> syntax tree
     named = lambda node: [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else [t.id for t in node.targets if isinstance(t, ast.Name)] if isinstance(node, ast.Assign) else []
     return {name: node for tree in trees for node in tree.body for name in named(node) if not name.startswith("__")}
 
-# %% ../nbs/14_experiment.ipynb #825296ca
+# %% ../nbs/14_experiment.ipynb #e5b3fa5f
 def problems_of(raw: dict) -> tuple[Params | None, list]:
     "The validated parameters, and a line for every problem in them."
     found, runs, recipes, names = [], {}, raw.get("recipes") or {}, _definitions()
@@ -86,7 +87,7 @@ def problems_of(raw: dict) -> tuple[Params | None, list]:
         fields = dict(fields)
         recipe = fields.pop("recipe", None)
         if recipe not in recipes: found.append(f"runs.{key}.recipe: there is no recipe {recipe!r}; there are {', '.join(recipes)}"); continue
-        if (run := check("runs", key, Run, {**recipes[recipe], **fields, "key": key})) is None: continue
+        if (run := check("runs", key, Run, {**recipes[recipe], **fields, "key": key, "recipe": recipe})) is None: continue
         for field in ("backbone", "attention"):
             if getattr(run, field) not in names: found.append(f"runs.{key}.{field}: there is no {getattr(run, field)!r} in the notebooks")
         if f"{run.split}_split" not in names: found.append(f"runs.{key}.split: there is no split {run.split!r}")
@@ -227,12 +228,12 @@ def measure(run: Run, net, pack: Pack, tasks):  # -> correct answers of each tas
     maps = embed_images(net, unseen.images)
     return score(net, maps, tasks), maps, unseen
 
-# %% ../nbs/14_experiment.ipynb #35ea2720
+# %% ../nbs/14_experiment.ipynb #a5f4b425
 def metrics_of(run: Run, net, correct, tasks, extra: dict) -> dict:
     "The metrics of a run: accuracy, interval, and digests of what they were measured with."
     answers = tasks.query.shape[1]
     mean, half = accuracy(correct, answers)
-    return {"key": run.key, "accuracy": round(mean, 4), "ci95": round(half, 4), "tasks": len(correct), "queries": answers, "way": run.way, "shot": run.shot, "seed": run.seed, "steps": run.steps, "parameters": network_size(net),
+    return {"key": run.key, "accuracy": round(mean, 4), "ci95": round(half, 4), "tasks": len(correct), "queries": answers, "way": run.way, "shot": run.shot, "seed": run.seed, "recipe": run.recipe, "steps": run.steps, "images": run.steps * run.tasks * run.way * (run.shot + run.query), "parameters": network_size(net),
             "weights_sha256": digest(*(t for _, t in sorted(net.state_dict().items()))), "tasks_sha256": tasks_digest(tasks), "correct_sha256": digest(torch.from_numpy(correct)), **extra}
 
 def record(run: Run, net, history, trained: dict, correct, tasks, pack: Pack, extra: dict | None = None, folder=None) -> dict:

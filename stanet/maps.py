@@ -31,24 +31,25 @@ def masked(image: torch.Tensor, a: torch.Tensor) -> np.ndarray:  # uint8 (h, w, 
     colour = image.float().expand(-1, -1, 3) / 255
     return (colour * (0.12 + 0.88 * weight / weight.max())[..., None]).clamp(0, 1).cpu().numpy()
 
-# %% ../nbs/12_maps.ipynb #ba304f54
-def show_task(net, pack: Pack, tasks: Tasks, row: int = 0, query: int = 0, size: float = 1.1):
-    "Draw the attention of all layers on the support images and on the query `query` of the task `row`; returns the figure."
+# %% ../nbs/12_maps.ipynb #8664b0b0
+def show_task(net, pack: Pack, tasks: Tasks, row: int = 0, query: int = 0, size: float = 1.1, figure=None):
+    "Draw the attention of all layers on the support images and on the query `query` of the task `row`, into `figure` if one is given; returns the figure."
     probabilities, layers = look(net, pack, tasks, row)
     support, labels, answer = tasks.support[row].long(), tasks.support_labels[row].tolist(), int(tasks.query_labels[row, query])
     images = [pack.images[i] for i in [*support, tasks.query[row, query].long()]]
-    figure, axes = plt.subplots(len(layers) + 1, len(images), figsize=(len(images) * size, (len(layers) + 1) * size * 1.15), squeeze=False)
+    figure = figure or plt.figure(figsize=(len(images) * size, (len(layers) + 1) * size * 1.25), layout="constrained")
+    axes = figure.subplots(len(layers) + 1, len(images), squeeze=False)
+    names = [pack.classes[pack.labels[i]].split("/")[-1].replace("_", " ")[:14] for i in support]
     for j, (image, top) in enumerate(zip(images, axes[0])):
-        top.imshow(image.expand(-1, -1, 3)); top.set_title("query" if j == len(support) else f"P = {probabilities[query, labels[j]]:.2f}", fontsize=8)
+        top.imshow(image.expand(-1, -1, 3)); top.set_title("query" if j == len(support) else f"{names[j]}\nP = {probabilities[query, labels[j]]:.2f}", fontsize=7)
         for m, maps in enumerate(layers):
             last = j == len(support)
             axes[m + 1, j].imshow(masked(image, maps.a_ts[query] if last else maps.a_tr[query, j]))
-            axes[m + 1, j].set_title("" if last else f"$a_t$ = {maps.a_t[query, j]:.2f}", fontsize=8)
+            axes[m + 1, j].set_title("" if last else f"$a_t$ = {maps.a_t[query, j]:.2f}", fontsize=7)
     for axis in axes.flat: axis.set_xticks([]); axis.set_yticks([])
     for axis in (axes[0, j] for j in range(len(support)) if labels[j] == answer):
         for side in axis.spines.values(): side.set(color="#009e73", linewidth=3)
     for m, axis in enumerate(axes[:, 0]): axis.set_ylabel(f"layer {m}" if m else "image", fontsize=8)
-    figure.tight_layout(pad=0.4)
     return figure
 
 # %% ../nbs/12_maps.ipynb #a6023070

@@ -57,7 +57,7 @@ def test_prose_does_not_retrain(pipeline):
 def test_one_run_changed_reruns_it_and_its_table(pipeline):
     folder, _ = pipeline
     edit_params(folder, lambda p: p["runs"][RUNS[2]].update(seed=1))
-    assert repro(folder) == ["fingerprints", f"train@{RUNS[2]}", "cell@quickstart-uniform", "report@quickstart"]
+    assert repro(folder) == ["fingerprints", f"train@{RUNS[2]}", "cell@quickstart-glyphs-5w1s-stanet3-uniform", "report@quickstart"]
 
 
 def test_code_changes_the_fingerprint_of_runs_that_use_it(pipeline):
