@@ -121,13 +121,15 @@ def load_pack(path) -> Pack:
     if pack_digest(pack) != sha: raise ValueError(f"{path}: its content is not what was saved (digest differs); remove it and import it again")
     return pack
 
-# %% ../nbs/01_packs.ipynb #b7f35854
-def _fingers(pack): return [hashlib.sha256(memoryview(i.numpy()).cast("B")).digest() for i in pack.images.contiguous()]
+# %% ../nbs/01_packs.ipynb #c05b2bac
+def _fingers(pack, classes):  # (index, hash) of each image of `classes`, or of all
+    wanted = {i for i, c in enumerate(pack.classes) if classes is None or c in set(classes)}
+    return ((i, hashlib.sha256(pack.images[i].contiguous().numpy()).digest()) for i, label in enumerate(pack.labels.tolist()) if label in wanted)
 
-def twins(pack: Pack, other: Pack) -> torch.Tensor:  # int64, indices into `pack`
-    "The images of `pack` that stand in `other` too, the same in every byte."
-    known = set(_fingers(other))
-    return torch.tensor([i for i, f in enumerate(_fingers(pack)) if f in known], dtype=torch.int64)
+def twins(pack: Pack, other: Pack, of: list | None = None, among: list | None = None) -> torch.Tensor:  # int64, indices into `pack`
+    "The images of `pack` (or of its classes `of`) that stand in `other` (or in its classes `among`) too, the same in every byte."
+    known = {f for _, f in _fingers(other, among)}
+    return torch.tensor([i for i, f in _fingers(pack, of) if f in known], dtype=torch.int64)
 
 def without(pack: Pack, index: torch.Tensor) -> Pack:
     "The pack without the images `index`; all its classes stay."
