@@ -17,8 +17,9 @@ test: env                  ## every notebook's checks and all of tests/
 lab: env                   ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab nbs
 
-data: env                  ## Omniglot into data/: downloaded, or with RAW=folder from files you have
-	$(BIN)/stanet data $(if $(RAW),import omniglot "$(RAW)",download omniglot)
+data: env                  ## Omniglot and CIFAR-100 into data/: downloaded; or with RAW=folder whatever of the three data sets lies there
+	$(BIN)/stanet data $(if $(RAW),import all "$(RAW)",download omniglot)
+	$(if $(RAW),,$(BIN)/stanet data download cifar100)
 
 env: .venv/.synced         ## the locked environment in .venv, a few seconds
 

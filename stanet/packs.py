@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['atomic', 'Pack', 'select', 'class_parents', 'semantic_targets', 'digest', 'pack_digest', 'save_pack', 'load_pack',
-           'show_images']
+           'twins', 'without', 'show_images']
 
 # %% ../nbs/01_packs.ipynb #0137cfa8
 import hashlib, json, os, tempfile
@@ -120,6 +120,21 @@ def load_pack(path) -> Pack:
         raise ValueError(f"{path}: not a pack ({error}); remove it and import it again") from None
     if pack_digest(pack) != sha: raise ValueError(f"{path}: its content is not what was saved (digest differs); remove it and import it again")
     return pack
+
+# %% ../nbs/01_packs.ipynb #c05b2bac
+def _fingers(pack, classes):  # (index, hash) of each image of `classes`, or of all
+    wanted = {i for i, c in enumerate(pack.classes) if classes is None or c in set(classes)}
+    return ((i, hashlib.sha256(pack.images[i].contiguous().numpy()).digest()) for i, label in enumerate(pack.labels.tolist()) if label in wanted)
+
+def twins(pack: Pack, other: Pack, of: list | None = None, among: list | None = None) -> torch.Tensor:  # int64, indices into `pack`
+    "The images of `pack` (or of its classes `of`) that stand in `other` (or in its classes `among`) too, the same in every byte."
+    known = {f for _, f in _fingers(other, among)}
+    return torch.tensor([i for i, f in _fingers(pack, of) if f in known], dtype=torch.int64)
+
+def without(pack: Pack, index: torch.Tensor) -> Pack:
+    "The pack without the images `index`; all its classes stay."
+    keep = torch.ones(len(pack), dtype=torch.bool).index_fill(0, index, False)
+    return Pack(pack.images[keep], pack.labels[keep], pack.classes, pack.parents, None if pack.boxes is None else pack.boxes[keep], pack.name)
 
 # %% ../nbs/01_packs.ipynb #bbc48efc
 def show_images(images, titles=None, columns: int = 10, boxes=None, size: float = 0.9, cmap: str = "gray"):

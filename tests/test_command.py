@@ -4,8 +4,8 @@ from conftest import edit_params, run
 
 
 @pytest.mark.parametrize("command, answer", [
-    (["data", "import", "omniglot", "no-such-folder"], "0 characters and 0 images found, Omniglot has 964 and 19280"),
-    (["data", "import", "imagenet", "."], "no data set 'imagenet'; there are omniglot"),
+    (["data", "import", "omniglot", "no-such-folder"], "no-such-folder: no such folder; name the folder with the files of omniglot"),
+    (["data", "download", "mini"], "put them in one folder, then `stanet data import mini FOLDER`"),
     (["report", "table9"], "no report 'table9'; there are "),
     (["train", "mini"], "no run 'mini' in params.yaml; there are "),
     (["tasks", "omniglot-5w1s"], "no such pack; `stanet data import omniglot FOLDER` or `stanet data download omniglot` makes it"),
