@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'Run', 'TaskSet', 'Params', 'problems_of', 'root', 'load_params', 'skeleton', 'reachable',
-           'fingerprint', 'run_fingerprint', 'notebook_fingerprint', 'write_fingerprints', 'pack_path', 'note_digest',
-           'check_digest', 'load_data', 'task_set', 'prepare', 'scratch_folder', 'fit', 'measure', 'metrics_of',
-           'record', 'with_palette', 'execute', 'problems_with', 'notes_on', 'data_import', 'data_download',
-           'data_verify', 'data_list', 'check', 'fingerprints', 'glyphs', 'tasks', 'find_run', 'train_command',
-           'fit_command', 'report', 'with_results', 'readme', 'main']
+           'fingerprint', 'code_fingerprint', 'run_fingerprint', 'notebook_fingerprint', 'write_fingerprints',
+           'pack_path', 'note_digest', 'check_digest', 'load_data', 'task_set', 'prepare', 'training_fields',
+           'scratch_folder', 'fit', 'measure', 'metrics_of', 'record', 'with_palette', 'execute', 'problems_with',
+           'notes_on', 'data_import', 'data_download', 'data_verify', 'data_list', 'check', 'fingerprints', 'glyphs',
+           'tasks', 'find_run', 'train_command', 'fit_command', 'report', 'with_results', 'readme', 'main']
 
-# %% ../nbs/14_experiment.ipynb #1ef4bc20
+# %% ../nbs/14_experiment.ipynb #990cedca
 import ast, base64, hashlib, io, json, os, re, symtable, sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -25,11 +25,11 @@ from .episodes import Tasks, draw_task_set, load_tasks, save_tasks, tasks_digest
 from .evaluation import accuracy, embed_images, score
 from .maps import box_scores
 from .network import build, network_size, save_network
-from .packs import Pack, atomic, class_parents, digest, load_pack, pack_digest, save_pack, select, semantic_targets
+from .packs import Pack, atomic, class_parents, digest, load_pack, pack_digest, save_pack, select, semantic_targets, twins, without
 from .splits import make_split, quarter_turns
 from .training import Count, Recipe, Share, train
 
-# %% ../nbs/14_experiment.ipynb #4edf0cf7
+# %% ../nbs/14_experiment.ipynb #547014c9
 class Run(Recipe):
     "One training with its test: the fields of a recipe and these."
     key: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")] = Field(description="name of the run and of its folder under runs/")
@@ -52,6 +52,7 @@ class Run(Recipe):
     turns: bool = Field(False, description="add the quarter turns of each training class as classes")
     validate_tasks: Annotated[int, Field(ge=0)] = Field(0, description="validation tasks for the curve in the history; 0 for none")
     validate_every: Count = Field(1000, description="steps between two validations")
+    drop_duplicates: bool = Field(False, description="leave validation images out that stand in a training class too")
 
 # %% ../nbs/14_experiment.ipynb #f90d2182
 class TaskSet(BaseModel):
@@ -140,11 +141,14 @@ def fingerprint(names, definitions=None) -> str:
     "SHA-256 of the definitions reachable from `names`."
     return hashlib.sha256(json.dumps(reachable(names, definitions or _definitions()), sort_keys=True).encode()).hexdigest()
 
-# %% ../nbs/14_experiment.ipynb #e200ecb6
+# %% ../nbs/14_experiment.ipynb #2688c115
+def code_fingerprint(run: Run) -> str:
+    "The fingerprint of the code that `run` executes."
+    return fingerprint(["fit", "measure", run.backbone, run.attention, f"{run.split}_split"])
+
 def run_fingerprint(run: Run) -> str:
     "The fingerprint of what `run` executes and of all its parameters."
-    code = fingerprint(["fit", "measure", run.backbone, run.attention, f"{run.split}_split"])
-    return hashlib.sha256((code + json.dumps(run.model_dump(), sort_keys=True)).encode()).hexdigest()
+    return code_fingerprint(run) + hashlib.sha256(json.dumps(run.model_dump(), sort_keys=True).encode()).hexdigest()
 
 def notebook_fingerprint(path) -> str:
     "SHA-256 of the code cells of a notebook: of their syntax trees, so that text and comments don't count."
@@ -207,10 +211,16 @@ def prepare(run: Run, pack: Pack):  # -> network, training pack, semantic target
     torch.manual_seed(run.seed)
     return build(config), training, targets, split
 
-# %% ../nbs/14_experiment.ipynb #4ea79dd4
+# %% ../nbs/14_experiment.ipynb #b67a4886
+def training_fields(run: Run) -> dict:
+    "The fields of a run that its training depends on, the same for runs with the same training."
+    fields = run.model_dump(exclude={"key", "recipe", "test"})
+    return fields | dict(one_shot=0.0, shot=1, query=run.shot + run.query - 1) if run.one_shot == 1 else fields
+
 def scratch_folder(run: Run, pack: Pack) -> Path:
     "Where the run keeps its states, by a hash of parameters, code and data."
-    return root() / "scratch" / f"{run.key}-{hashlib.sha256((run_fingerprint(run) + pack_digest(pack)).encode()).hexdigest()[:16]}"
+    marks = [training_fields(run), code_fingerprint(run), pack_digest(pack)]
+    return root() / "scratch" / f"{run.split}-{run.layers}-{hashlib.sha256(json.dumps(marks, sort_keys=True).encode()).hexdigest()[:16]}"
 
 def fit(run: Run, pack: Pack):  # -> network, history, what is known of the training
     "Train `run`, from its last state if there is one."
@@ -218,6 +228,7 @@ def fit(run: Run, pack: Pack):  # -> network, history, what is known of the trai
     validate = None
     if run.validate_tasks and split.val:
         unseen = select(pack, split.val)
+        if run.drop_duplicates: unseen = without(unseen, twins(unseen, pack, among=split.train))
         tasks = draw_task_set(unseen.labels, run.way, run.shot, 15, run.validate_tasks, seed=1, names=unseen.classes)
         validate = lambda net: accuracy(score(net, embed_images(net, unseen.images), tasks), 15 * run.way)[0]
     return train(net, training.images, training.labels, targets, run.way, run.shot, run, scratch_folder(run, pack), training.classes, class_parents(training), validate, run.validate_every)
@@ -278,11 +289,10 @@ def execute(notebook, output, parameters: dict):
     with atomic(output) as temporary: temporary.write_text(json.dumps(nb, indent=1, ensure_ascii=False) + "\n")
     draft.unlink()
 
-# %% ../nbs/14_experiment.ipynb #ee5c8143
+# %% ../nbs/14_experiment.ipynb #8aee787f
 import tempfile, time
 from contextlib import contextmanager
 from safetensors import SafetensorError
-from .packs import twins
 from .sources import DOWNLOADS, KNOWN, SOURCES, check_known, download, find_sources, read_source
 from .splits import SUMMARIES, split_summary
 
