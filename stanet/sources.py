@@ -35,7 +35,7 @@ def decode(path, size: int, mode: str) -> np.ndarray:  # uint8 (size, size, c)
         raise ValueError(f"{path}: not a readable image ({' '.join(str(error).split())}); replace or remove the file") from None
     return np.asarray(image).reshape(size, size, -1)
 
-# %% ../nbs/02_sources.ipynb #e6da3be5
+# %% ../nbs/02_sources.ipynb #8f61e63c
 def read_files(name: str, files: list, size: int, mode: str, parent_of=None) -> Pack:  # files: (class name, file name, path)
     "The pack of image files, sorted by class and file name; `parent_of` maps a class name to its parent category."
     files = sorted(files, key=lambda f: f[:2])
@@ -44,7 +44,12 @@ def read_files(name: str, files: list, size: int, mode: str, parent_of=None) -> 
         if before[:2] == after[:2]: raise ValueError(f"{after[2]}: the class {after[0]!r} has two files of that name; keep one of them")
     classes = sorted({c for c, *_ in files})
     images = np.empty((len(files), size, size, {"L": 1, "RGB": 3}[mode]), dtype=np.uint8)
-    for i, (*_, path) in enumerate(tqdm(files, desc=f"importing {name}", disable=None, unit="image")): images[i] = decode(path, size, mode)
+    bad = []
+    for i, (*_, path) in enumerate(tqdm(files, desc=f"importing {name}", disable=None, unit="image")):
+        try: images[i] = decode(path, size, mode)
+        except ValueError as error: bad.append((path, str(error)))
+        if len(bad) > 20: break
+    if bad: raise ValueError(bad[0][1] + f"; so are {', '.join(str(p) for p, _ in bad[1:20])}" * (len(bad) > 1) + " and more" * (len(bad) > 20))
     index = {c: i for i, c in enumerate(classes)}
     labels = torch.tensor([index[c] for c, *_ in files], dtype=torch.int64)
     return Pack(torch.from_numpy(images), labels, classes, [parent_of(c) if parent_of else c for c in classes], name=name)
