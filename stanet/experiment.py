@@ -253,19 +253,19 @@ def execute(notebook, output, parameters: dict):
     with atomic(output) as temporary: temporary.write_text(json.dumps(nb, indent=1, ensure_ascii=False) + "\n")
     draft.unlink()
 
-# %% ../nbs/14_experiment.ipynb #ee5c8143
+# %% ../nbs/14_experiment.ipynb #2e4f6e38
 import tempfile, time
 from contextlib import contextmanager
 from safetensors import SafetensorError
 from .packs import twins
-from .sources import DOWNLOADS, KNOWN, SOURCES, check_known, download, find_sources, read_source
+from .sources import DOWNLOADS, KNOWN, SOURCES, check_known, check_name, download, find_sources, read_source
 from .splits import SUMMARIES, split_summary
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Few-shot learning with STANet: data, runs and reports.")
 data_app = typer.Typer(no_args_is_help=True, help="Real data sets, as packs under data/.")
 app.add_typer(data_app, name="data")
 
-# %% ../nbs/14_experiment.ipynb #9a5f7725
+# %% ../nbs/14_experiment.ipynb #084bd9ff
 @contextmanager
 def _importing(path: Path):
     "Reading and writing of one pack: the system's refusals become one line."
@@ -280,6 +280,7 @@ def _importing(path: Path):
         if path.parent.is_dir() and not any(path.parent.iterdir()): path.parent.rmdir()
 
 def _import(name: str, folder, size=None, grey=False):
+    check_name(name)
     path = root() / "data" / f"{name if size is None or name not in SOURCES or size == SOURCES[name][1] else f'{name}-{size}'}.safetensors"
     with _importing(path):
         pack = read_source(name, folder, size, grey)

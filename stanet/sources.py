@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['OMNIGLOT', 'PICKLED', 'CIFAR100', 'MINI_IMAGENET', 'IMAGE_SUFFIXES', 'KNOWN', 'SOURCES', 'SIGNS', 'DOWNLOADS',
            'decode', 'read_files', 'read_omniglot', 'download_omniglot', 'read_pickle', 'read_cifar100',
-           'download_cifar100', 'read_mini', 'read_folder', 'check_known', 'read_source', 'find_sources', 'download']
+           'download_cifar100', 'read_mini', 'read_folder', 'check_known', 'check_name', 'read_source', 'find_sources',
+           'download']
 
 # %% ../nbs/02_sources.ipynb #ecaf6f4d
 import csv, pickle, re, unicodedata, warnings
@@ -96,8 +97,8 @@ def _text(value): return value.decode() if isinstance(value, bytes) else str(val
 
 def _view(content, kind, shape=(), order="C"): return np.frombuffer(content, kind.dtype).reshape(shape, order=order)
 
-# %% ../nbs/02_sources.ipynb #9c8ccdc1
-PICKLED = {"numpy ndarray": _Array, "numpy dtype": _Kind, "_codecs encode": lambda text, *_: text.encode("latin1"), "__builtin__ set": set, "builtins set": set, "builtins bytearray": bytearray, "collections OrderedDict": dict}
+# %% ../nbs/02_sources.ipynb #546805fb
+PICKLED = {"numpy ndarray": _Array, "numpy dtype": _Kind, "_codecs encode": lambda text, *_: text.encode("latin1"), "__builtin__ set": set, "builtins set": set, "collections OrderedDict": dict}
 for _core in ("numpy.core", "numpy._core"):  # where numpy keeps these, before and since version 2
     PICKLED |= {f"{_core}.multiarray _reconstruct": lambda *_: _Array(), f"{_core}.multiarray scalar": lambda kind, content: _view(content, kind)[()], f"{_core}.numeric _frombuffer": _view}
 
@@ -279,14 +280,18 @@ def check_known(name: str, pack: Pack):
     found = pack_digest(pack)
     if name in ("omniglot", "cifar100") and found != KNOWN[name]: raise ValueError(f"{name}: the pack's SHA-256 is {found[:16]}..., that of the official files {KNOWN[name][:16]}...: an image, label or name differs; get the official files again (`stanet data download {name}`)")
 
-# %% ../nbs/02_sources.ipynb #355b968a
+# %% ../nbs/02_sources.ipynb #ea09ef31
 SOURCES = {"omniglot": (read_omniglot, 28), "cifar100": (read_cifar100, 32), "mini": (read_mini, 84)}  # reader, size of the images
 SIGNS = {"omniglot": ["images_background", "images_evaluation"], "cifar100": ["meta"], "mini": ["train.csv", "mini-imagenet-cache-train.pkl", "miniImageNet_category_split_train_phase_train.pickle"]}
+
+def check_name(name: str):
+    "Refuse a name that could not stand in the name of a file or a run with a `ValueError`."
+    if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", name): raise ValueError(f"data set {name!r}: a name is made of small letters, digits and hyphens, such as my-birds")
 
 def read_source(name: str, folder, size: int | None = None, grey: bool = False) -> Pack:
     "The pack `name` from a folder: of the three data sets by their own readers, any other from a tree of class folders. Official files that were changed are refused."
     folder = Path(folder)
-    if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", name): raise ValueError(f"data set {name!r}: a name is made of small letters, digits and hyphens, such as my-birds")
+    check_name(name)
     if folder.is_file(): raise ValueError(f"{folder}: a file; name the folder with the unpacked files")
     if not folder.is_dir(): raise ValueError(f"{folder}: no such folder; name the folder with the files of {name}")
     if name not in SOURCES: return read_folder(folder, 84 if size is None else size, name, grey)
