@@ -287,7 +287,7 @@ def _import(name: str, folder, size=None, grey=False):
         sha = save_pack(pack, path)
     print("\n  ".join([f"data/{path.name}: {pack}, sha256 {sha[:16]}", *notes_on(path.stem, pack)]))
 
-# %% ../nbs/14_experiment.ipynb #278a736c
+# %% ../nbs/14_experiment.ipynb #e04d3ce6
 def problems_with(name: str, pack: Pack) -> list:
     "A line for each deviation of the pack `name` from what is known of it."
     sizes, found = pack.labels.bincount(minlength=len(pack.classes)), []
@@ -305,9 +305,10 @@ def notes_on(name: str, pack: Pack) -> list:
     "Lines on the splits, digest and repeated images of the pack `name`."
     notes = [f"split {split}: {split_summary(make_split(split, pack), pack)}" for split in SUMMARIES.get(name, ["folder"] if len(pack.classes) >= 10 else [])]
     if name in KNOWN: notes.append("the same pack as the results in this repository were measured on" if pack_digest(pack) == KNOWN[name] else "not byte for byte the pack that the results in this repository were measured on")
-    if name == "mini":
-        split = make_split("mini", pack)
-        notes.append(f"{len(twins(pack, pack, split.val, split.train))} images of validation classes stand in a training class too")
+    if name == "mini" or (notes and name not in SUMMARIES):
+        split = make_split("mini" if name == "mini" else "folder", pack)
+        for part in ("val", "test"):
+            if len(again := twins(pack, pack, getattr(split, part), split.train)): notes.append(f"{len(again)} images of {part} classes stand in a training class too, such as one of {pack.classes[int(pack.labels[again[0]])]!r}")
     return notes
 
 # %% ../nbs/14_experiment.ipynb #23099aaf
