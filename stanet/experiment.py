@@ -265,7 +265,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 data_app = typer.Typer(no_args_is_help=True, help="Real data sets, as packs under data/.")
 app.add_typer(data_app, name="data")
 
-# %% ../nbs/14_experiment.ipynb #084bd9ff
+# %% ../nbs/14_experiment.ipynb #f292ccb1
 @contextmanager
 def _importing(path: Path):
     "Reading and writing of one pack: the system's refusals become one line."
@@ -275,7 +275,7 @@ def _importing(path: Path):
         for left in path.parent.glob(".*.safetensors.*"):
             if left.stat().st_mtime < time.time() - 3600: left.unlink()
         yield
-    except (OSError, SafetensorError) as error: raise ValueError(f"{getattr(error, 'filename', None) or path}: {getattr(error, 'strerror', None) or error}; make the folder writable, and room in it") from None
+    except (OSError, SafetensorError) as error: raise ValueError(f"{getattr(error, 'filename', None) or path}: {getattr(error, 'strerror', None) or error}; see that it can be read and written and has room") from None
     finally:
         if path.parent.is_dir() and not any(path.parent.iterdir()): path.parent.rmdir()
 
@@ -284,8 +284,9 @@ def _import(name: str, folder, size=None, grey=False):
     path = root() / "data" / f"{name if size is None or name not in SOURCES or size == SOURCES[name][1] else f'{name}-{size}'}.safetensors"
     with _importing(path):
         pack = read_source(name, folder, size, grey)
+        notes = notes_on(path.stem, pack)
         sha = save_pack(pack, path)
-    print("\n  ".join([f"data/{path.name}: {pack}, sha256 {sha[:16]}", *notes_on(path.stem, pack)]))
+    print("\n  ".join([f"data/{path.name}: {pack}, sha256 {sha[:16]}", *notes]))
 
 # %% ../nbs/14_experiment.ipynb #e04d3ce6
 def problems_with(name: str, pack: Pack) -> list:

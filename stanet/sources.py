@@ -154,20 +154,21 @@ def download_cifar100(folder) -> Path:
     Official(folder, download=True)
     return Path(folder)
 
-# %% ../nbs/02_sources.ipynb #51abd323
+# %% ../nbs/02_sources.ipynb #df0d0b1e
 MINI_IMAGENET = {"classes": 100, "images": 600}  # images a class
 
 def _mini_listed(folder) -> list:  # (class, file name) of each line of the three lists
     listed = []
     for path in (folder / f"{part}.csv" for part in ("train", "val", "test")):
-        with open(path, newline="", encoding="utf-8-sig", errors="replace") as f: rows = list(csv.reader(f))
+        try: rows = list(csv.reader(path.read_text(encoding="utf-8-sig", errors="replace").splitlines()))
+        except csv.Error as error: raise ValueError(f"{path}: not a readable list ({error}); get Ravi and Larochelle's lists again") from None
         if not rows or rows[0] != ["filename", "label"]: raise ValueError(f"{path}: its first line is not 'filename,label'; get Ravi and Larochelle's lists again")
         odd = next((i for i, row in enumerate(rows) if i and not (len(row) == 2 and re.fullmatch(r"n\d{16}\.jpg", row[0]) and row[0].startswith(row[1]) and len(row[1]) == 9)), None)
         if odd: raise ValueError(f"{path}: line {odd + 1} is {','.join(rows[odd])!r}, not a file such as n0153282900000005.jpg and its class n01532829; get Ravi and Larochelle's lists again")
         listed += [(label, name) for name, label in rows[1:]]
     return listed
 
-# %% ../nbs/02_sources.ipynb #b3273551
+# %% ../nbs/02_sources.ipynb #83642560
 def _mini_files(folder):  # (class, file name, path) of each image, or None where the folder is laid out in another way
     if not all((folder / f"{part}.csv").is_file() for part in ("train", "val", "test")): return None
     listed = _mini_listed(folder)
@@ -176,9 +177,8 @@ def _mini_files(folder):  # (class, file name, path) of each image, or None wher
     trees = (folder / t for t in (".", "images", "train", "ILSVRC2012_img_train", "ILSVRC/Data/CLS-LOC/train"))
     tree = next((t for t in trees if (t / listed[0][0]).is_dir()), None)
     if tree is None: return None
-    number = lambda p: int(re.search(r"(\d+)\.\w+$", p.name)[1])
-    numbered = {c: sorted((tree / c).glob(f"{c}_*.JPEG"), key=number) for c in {c for c, _ in listed}}
-    nth = lambda c, n: numbered[c][int(n[9:17]) - 1] if int(n[9:17]) <= len(numbered[c]) else tree / c / f"image number {int(n[9:17])} of {len(numbered[c])}"
+    numbered = {c: sorted((p for p in (tree / c).glob(f"{c}_*.JPEG") if p.stem[10:].isdecimal()), key=lambda p: int(p.stem[10:])) for c in {c for c, _ in listed}}
+    nth = lambda c, n: numbered[c][int(n[9:17]) - 1] if 1 <= int(n[9:17]) <= len(numbered[c]) else tree / c / f"image number {int(n[9:17])} of {len(numbered[c])}"
     return [(c, n, nth(c, n)) for c, n in listed]
 
 # %% ../nbs/02_sources.ipynb #48ae03a0

@@ -242,12 +242,19 @@ def test_broken_images_never_raise_anything_else(place, data):
 
 
 def test_lists_of_mini_that_lie(place):
-    for change, says in ((lambda t: t.replace(",n01855672", ",n02091244", 1), "not a file such as"), (lambda t: t.replace("filename,label", "a,b"), "its first line"), (lambda t: t.replace("n01855672", "../../etc", 1), "not a file such as"),
+    for change, says in ((lambda t: t.replace(",n01855672", ",n02091244", 1), "not a file such as"), (lambda t: t.replace("filename,label", "a,b"), "its first line"), (lambda t: t.replace("n01855672", "../../etc", 1), "not a file such as"), (lambda t: t + "\0", "val.csv: "),
                          (lambda t: t + t.splitlines()[-1] + "\n", "3 a class"), (lambda t: "\n".join(t.splitlines()[:-1]) + "\n", "complete the files")):
         source = small_mini(place / "raw")
         (source / "val.csv").write_text(change((source / "val.csv").read_text()))
         assert says in refused(place, "data", "import", "mini", source)
         shutil.rmtree(source)
+    source = small_mini(place / "raw")
+    for part in ("train", "val"):  # other classes than mini-ImageNet's
+        text = (source / f"{part}.csv").read_text()
+        (source / f"{part}.csv").write_text(text.replace("n01855672", "n99999999"))
+    for path in (source / "images").glob("n01855672*"): path.rename(path.with_name(path.name.replace("n01855672", "n99999999")))
+    assert "the split of mini-ImageNet needs its 100 classes" in refused(place, "data", "import", "mini", source)
+    shutil.rmtree(source)
     source = small_mini(place / "raw")
     for path in list((source / "images").glob("n0185567*"))[:2]: path.unlink()
     assert "no such file, and 1 more of 200 are missing" in refused(place, "data", "import", "mini", source)
@@ -308,7 +315,7 @@ def test_targets_that_cannot_be_written(place, monkeypatch):
         with monkeypatch.context() as m:
             m.setattr(module, name, error)
             answer = refused(place, "data", "import", "my-own", source)
-        assert says in answer and "make the folder writable" in answer
+        assert says in answer and "has room" in answer
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="for root no folder is read-only")
