@@ -289,18 +289,18 @@ def execute(notebook, output, parameters: dict):
     with atomic(output) as temporary: temporary.write_text(json.dumps(nb, indent=1, ensure_ascii=False) + "\n")
     draft.unlink()
 
-# %% ../nbs/14_experiment.ipynb #8aee787f
+# %% ../nbs/14_experiment.ipynb #5c7eaab0
 import tempfile, time
 from contextlib import contextmanager
 from safetensors import SafetensorError
-from .sources import DOWNLOADS, KNOWN, SOURCES, check_known, download, find_sources, read_source
+from .sources import DOWNLOADS, KNOWN, SOURCES, check_known, check_name, download, find_sources, read_source
 from .splits import SUMMARIES, split_summary
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Few-shot learning with STANet: data, runs and reports.")
 data_app = typer.Typer(no_args_is_help=True, help="Real data sets, as packs under data/.")
 app.add_typer(data_app, name="data")
 
-# %% ../nbs/14_experiment.ipynb #1582c4ca
+# %% ../nbs/14_experiment.ipynb #d4af6a2b
 @contextmanager
 def _importing(path: Path):
     "Reading and writing of one pack: the system's refusals become one line."
@@ -310,19 +310,21 @@ def _importing(path: Path):
         for left in path.parent.glob(".*.safetensors.*"):
             if left.stat().st_mtime < time.time() - 3600: left.unlink()
         yield
-    except (OSError, SafetensorError) as error: raise ValueError(f"{getattr(error, 'filename', None) or path}: {getattr(error, 'strerror', None) or error}; make the folder writable, and room in it") from None
+    except (OSError, SafetensorError) as error: raise ValueError(f"{getattr(error, 'filename', None) or path}: {getattr(error, 'strerror', None) or error}; see that it can be read and written and has room") from None
     finally:
         if path.parent.is_dir() and not any(path.parent.iterdir()): path.parent.rmdir()
 
 def _import(name: str, folder, size=None, grey=False):
+    check_name(name)
     path = root() / "data" / f"{name if size is None or name not in SOURCES or size == SOURCES[name][1] else f'{name}-{size}'}.safetensors"
     with _importing(path):
         pack = read_source(name, folder, size, grey)
+        notes = notes_on(path.stem, pack)
         sha = save_pack(pack, path)
         note_digest(root() / "packs" / f"{path.stem}.sha256", sha)
-    print("\n  ".join([f"data/{path.name}: {pack}, sha256 {sha[:16]}", *notes_on(path.stem, pack)]))
+    print("\n  ".join([f"data/{path.name}: {pack}, sha256 {sha[:16]}", *notes]))
 
-# %% ../nbs/14_experiment.ipynb #278a736c
+# %% ../nbs/14_experiment.ipynb #e04d3ce6
 def problems_with(name: str, pack: Pack) -> list:
     "A line for each deviation of the pack `name` from what is known of it."
     sizes, found = pack.labels.bincount(minlength=len(pack.classes)), []
@@ -340,9 +342,10 @@ def notes_on(name: str, pack: Pack) -> list:
     "Lines on the splits, digest and repeated images of the pack `name`."
     notes = [f"split {split}: {split_summary(make_split(split, pack), pack)}" for split in SUMMARIES.get(name, ["folder"] if len(pack.classes) >= 10 else [])]
     if name in KNOWN: notes.append("the same pack as the results in this repository were measured on" if pack_digest(pack) == KNOWN[name] else "not byte for byte the pack that the results in this repository were measured on")
-    if name == "mini":
-        split = make_split("mini", pack)
-        notes.append(f"{len(twins(pack, pack, split.val, split.train))} images of validation classes stand in a training class too")
+    if name == "mini" or (notes and name not in SUMMARIES):
+        split = make_split("mini" if name == "mini" else "folder", pack)
+        for part in ("val", "test"):
+            if len(again := twins(pack, pack, getattr(split, part), split.train)): notes.append(f"{len(again)} images of {part} classes stand in a training class too, such as one of {pack.classes[int(pack.labels[again[0]])]!r}")
     return notes
 
 # %% ../nbs/14_experiment.ipynb #23099aaf

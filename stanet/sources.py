@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['OMNIGLOT', 'PICKLED', 'CIFAR100', 'MINI_IMAGENET', 'IMAGE_SUFFIXES', 'KNOWN', 'SOURCES', 'SIGNS', 'DOWNLOADS',
            'decode', 'read_files', 'read_omniglot', 'download_omniglot', 'read_pickle', 'read_cifar100',
-           'download_cifar100', 'read_mini', 'read_folder', 'check_known', 'read_source', 'find_sources', 'download']
+           'download_cifar100', 'read_mini', 'read_folder', 'check_known', 'check_name', 'read_source', 'find_sources',
+           'download']
 
 # %% ../nbs/02_sources.ipynb #ecaf6f4d
 import csv, pickle, re, unicodedata, warnings
@@ -35,7 +36,7 @@ def decode(path, size: int, mode: str) -> np.ndarray:  # uint8 (size, size, c)
         raise ValueError(f"{path}: not a readable image ({' '.join(str(error).split())}); replace or remove the file") from None
     return np.asarray(image).reshape(size, size, -1)
 
-# %% ../nbs/02_sources.ipynb #e6da3be5
+# %% ../nbs/02_sources.ipynb #8f61e63c
 def read_files(name: str, files: list, size: int, mode: str, parent_of=None) -> Pack:  # files: (class name, file name, path)
     "The pack of image files, sorted by class and file name; `parent_of` maps a class name to its parent category."
     files = sorted(files, key=lambda f: f[:2])
@@ -44,7 +45,12 @@ def read_files(name: str, files: list, size: int, mode: str, parent_of=None) -> 
         if before[:2] == after[:2]: raise ValueError(f"{after[2]}: the class {after[0]!r} has two files of that name; keep one of them")
     classes = sorted({c for c, *_ in files})
     images = np.empty((len(files), size, size, {"L": 1, "RGB": 3}[mode]), dtype=np.uint8)
-    for i, (*_, path) in enumerate(tqdm(files, desc=f"importing {name}", disable=None, unit="image")): images[i] = decode(path, size, mode)
+    bad = []
+    for i, (*_, path) in enumerate(tqdm(files, desc=f"importing {name}", disable=None, unit="image")):
+        try: images[i] = decode(path, size, mode)
+        except ValueError as error: bad.append((path, str(error)))
+        if len(bad) > 20: break
+    if bad: raise ValueError(bad[0][1] + f"; so are {', '.join(str(p) for p, _ in bad[1:20])}" * (len(bad) > 1) + " and more" * (len(bad) > 20))
     index = {c: i for i, c in enumerate(classes)}
     labels = torch.tensor([index[c] for c, *_ in files], dtype=torch.int64)
     return Pack(torch.from_numpy(images), labels, classes, [parent_of(c) if parent_of else c for c in classes], name=name)
@@ -91,8 +97,8 @@ def _text(value): return value.decode() if isinstance(value, bytes) else str(val
 
 def _view(content, kind, shape=(), order="C"): return np.frombuffer(content, kind.dtype).reshape(shape, order=order)
 
-# %% ../nbs/02_sources.ipynb #9c8ccdc1
-PICKLED = {"numpy ndarray": _Array, "numpy dtype": _Kind, "_codecs encode": lambda text, *_: text.encode("latin1"), "__builtin__ set": set, "builtins set": set, "builtins bytearray": bytearray, "collections OrderedDict": dict}
+# %% ../nbs/02_sources.ipynb #546805fb
+PICKLED = {"numpy ndarray": _Array, "numpy dtype": _Kind, "_codecs encode": lambda text, *_: text.encode("latin1"), "__builtin__ set": set, "builtins set": set, "collections OrderedDict": dict}
 for _core in ("numpy.core", "numpy._core"):  # where numpy keeps these, before and since version 2
     PICKLED |= {f"{_core}.multiarray _reconstruct": lambda *_: _Array(), f"{_core}.multiarray scalar": lambda kind, content: _view(content, kind)[()], f"{_core}.numeric _frombuffer": _view}
 
@@ -148,20 +154,21 @@ def download_cifar100(folder) -> Path:
     Official(folder, download=True)
     return Path(folder)
 
-# %% ../nbs/02_sources.ipynb #51abd323
+# %% ../nbs/02_sources.ipynb #df0d0b1e
 MINI_IMAGENET = {"classes": 100, "images": 600}  # images a class
 
 def _mini_listed(folder) -> list:  # (class, file name) of each line of the three lists
     listed = []
     for path in (folder / f"{part}.csv" for part in ("train", "val", "test")):
-        with open(path, newline="", encoding="utf-8-sig", errors="replace") as f: rows = list(csv.reader(f))
+        try: rows = list(csv.reader(path.read_text(encoding="utf-8-sig", errors="replace").splitlines()))
+        except csv.Error as error: raise ValueError(f"{path}: not a readable list ({error}); get Ravi and Larochelle's lists again") from None
         if not rows or rows[0] != ["filename", "label"]: raise ValueError(f"{path}: its first line is not 'filename,label'; get Ravi and Larochelle's lists again")
         odd = next((i for i, row in enumerate(rows) if i and not (len(row) == 2 and re.fullmatch(r"n\d{16}\.jpg", row[0]) and row[0].startswith(row[1]) and len(row[1]) == 9)), None)
         if odd: raise ValueError(f"{path}: line {odd + 1} is {','.join(rows[odd])!r}, not a file such as n0153282900000005.jpg and its class n01532829; get Ravi and Larochelle's lists again")
         listed += [(label, name) for name, label in rows[1:]]
     return listed
 
-# %% ../nbs/02_sources.ipynb #b3273551
+# %% ../nbs/02_sources.ipynb #83642560
 def _mini_files(folder):  # (class, file name, path) of each image, or None where the folder is laid out in another way
     if not all((folder / f"{part}.csv").is_file() for part in ("train", "val", "test")): return None
     listed = _mini_listed(folder)
@@ -170,9 +177,8 @@ def _mini_files(folder):  # (class, file name, path) of each image, or None wher
     trees = (folder / t for t in (".", "images", "train", "ILSVRC2012_img_train", "ILSVRC/Data/CLS-LOC/train"))
     tree = next((t for t in trees if (t / listed[0][0]).is_dir()), None)
     if tree is None: return None
-    number = lambda p: int(re.search(r"(\d+)\.\w+$", p.name)[1])
-    numbered = {c: sorted((tree / c).glob(f"{c}_*.JPEG"), key=number) for c in {c for c, _ in listed}}
-    nth = lambda c, n: numbered[c][int(n[9:17]) - 1] if int(n[9:17]) <= len(numbered[c]) else tree / c / f"image number {int(n[9:17])} of {len(numbered[c])}"
+    numbered = {c: sorted((p for p in (tree / c).glob(f"{c}_*.JPEG") if p.stem[10:].isdecimal()), key=lambda p: int(p.stem[10:])) for c in {c for c, _ in listed}}
+    nth = lambda c, n: numbered[c][int(n[9:17]) - 1] if 1 <= int(n[9:17]) <= len(numbered[c]) else tree / c / f"image number {int(n[9:17])} of {len(numbered[c])}"
     return [(c, n, nth(c, n)) for c, n in listed]
 
 # %% ../nbs/02_sources.ipynb #48ae03a0
@@ -274,14 +280,18 @@ def check_known(name: str, pack: Pack):
     found = pack_digest(pack)
     if name in ("omniglot", "cifar100") and found != KNOWN[name]: raise ValueError(f"{name}: the pack's SHA-256 is {found[:16]}..., that of the official files {KNOWN[name][:16]}...: an image, label or name differs; get the official files again (`stanet data download {name}`)")
 
-# %% ../nbs/02_sources.ipynb #355b968a
+# %% ../nbs/02_sources.ipynb #ea09ef31
 SOURCES = {"omniglot": (read_omniglot, 28), "cifar100": (read_cifar100, 32), "mini": (read_mini, 84)}  # reader, size of the images
 SIGNS = {"omniglot": ["images_background", "images_evaluation"], "cifar100": ["meta"], "mini": ["train.csv", "mini-imagenet-cache-train.pkl", "miniImageNet_category_split_train_phase_train.pickle"]}
+
+def check_name(name: str):
+    "Refuse a name that could not stand in the name of a file or a run with a `ValueError`."
+    if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", name): raise ValueError(f"data set {name!r}: a name is made of small letters, digits and hyphens, such as my-birds")
 
 def read_source(name: str, folder, size: int | None = None, grey: bool = False) -> Pack:
     "The pack `name` from a folder: of the three data sets by their own readers, any other from a tree of class folders. Official files that were changed are refused."
     folder = Path(folder)
-    if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", name): raise ValueError(f"data set {name!r}: a name is made of small letters, digits and hyphens, such as my-birds")
+    check_name(name)
     if folder.is_file(): raise ValueError(f"{folder}: a file; name the folder with the unpacked files")
     if not folder.is_dir(): raise ValueError(f"{folder}: no such folder; name the folder with the files of {name}")
     if name not in SOURCES: return read_folder(folder, 84 if size is None else size, name, grey)

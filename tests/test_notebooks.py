@@ -4,7 +4,7 @@ import pytest
 from nbdev.test import test_nb as run_notebook
 from conftest import ROOT, run
 
-LIBRARY = sorted((ROOT / "nbs").glob("*.ipynb"))
+LIBRARY = [*sorted((ROOT / "nbs").glob("*.ipynb")), *sorted((ROOT / "nbs" / "tutorials").glob("*.ipynb"))]
 
 
 @pytest.mark.parametrize("notebook", [*LIBRARY, ROOT / "nbs" / "experiments" / "train.ipynb"], ids=lambda p: p.stem)

@@ -1,0 +1,407 @@
+"Data sets as people have them, whole and broken: what is right becomes the same pack, what is wrong one line of error and no file."
+import os, pickle, random, shutil, sys, unicodedata
+from pathlib import Path
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings, strategies as st
+from PIL import Image
+from safetensors import SafetensorError
+from stanet import experiment, packs, sources
+from stanet.packs import load_pack, pack_digest
+from stanet.splits import MINI
+
+quickly = settings(deadline=None, database=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    "An empty project, in a folder with spaces and other letters in its name, and data sets of the official schemas with few images."
+    folder = tmp_path / "projekt mit ümlaut 图"
+    folder.mkdir()
+    (folder / "params.yaml").write_text("{}")
+    monkeypatch.chdir(folder)
+    monkeypatch.setitem(sources.CIFAR100, "images", 2)
+    monkeypatch.setitem(sources.MINI_IMAGENET, "images", 2)
+    for half in sources.OMNIGLOT: monkeypatch.setitem(sources.OMNIGLOT, half, 2)
+    for name in ("omniglot", "cifar100"): monkeypatch.setitem(sources.KNOWN, name, pack_digest(sources.SOURCES[name][0](SMALL[name](folder / "good" / name))))
+    return folder
+
+
+def stanet(*command) -> str:
+    "The command, run in this process: its one line of error, or nothing."
+    before, sys.argv = sys.argv, ["stanet", *map(str, command)]
+    try: experiment.main()
+    except SystemExit as end:
+        assert end.code in (0, None) or (isinstance(end.code, str) and end.code.startswith("stanet: ") and len(end.code.splitlines()) == 1), end.code
+        return end.code or ""
+    finally: sys.argv = before
+
+
+def refused(place, *command) -> str:
+    "The line of error; nothing that the command began may be left."
+    before = sorted(place.rglob("*"))
+    answer = stanet(*command)
+    assert answer, f"{command} was accepted"
+    assert sorted(place.rglob("*")) == before
+    return answer
+
+
+def small_cifar(folder, seed=0, train=150, change=lambda name, content: content):
+    "CIFAR-100's three files with two images a class, in an order drawn with `seed`; `change` may spoil the content of each."
+    dice = np.random.default_rng(0)
+    rows = [(dice.integers(0, 256, 3072, dtype=np.uint8), f, f // 5, b"image_%d.png" % i) for f in range(100) for i in range(2)]
+    random.Random(seed).shuffle(rows)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, part in (("train", rows[:train]), ("test", rows[train:])):
+        data, *columns = zip(*part)
+        content = dict(zip((b"data", b"fine_labels", b"coarse_labels", b"filenames"), (np.stack(data), *map(list, columns))))
+        (folder / name).write_bytes(pickle.dumps(change(name, content), 2))
+    (folder / "meta").write_bytes(pickle.dumps(change("meta", {b"fine_label_names": [b"class %d" % f for f in range(100)], b"coarse_label_names": [b"parent %d" % c for c in range(20)]}), 2))
+    return folder
+
+
+def small_omniglot(folder, seed=0):
+    files = [(f"images_{half}/Alphabet/character0{c}/{c}_{i:02}.png", 40 * i + c) for half in ("background", "evaluation") for c in (1, 2) for i in range(20)]
+    random.Random(seed).shuffle(files)
+    for name, shade in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(shade).integers(0, 2, (105, 105), dtype=np.uint8) * 255
+        Image.fromarray(pixels).convert("1").save(folder / name)
+    return folder
+
+
+def small_mini(folder, seed=0, form="images"):
+    "mini-ImageNet with two images a class, as images with lists or as pickles."
+    dice = np.random.default_rng(0)
+    for part, classes in MINI.items():
+        rows = [(c, f"{c}{i:08}.jpg", dice.integers(0, 256, (84, 84, 3), dtype=np.uint8)) for c in classes for i in (3, 11)]
+        random.Random(seed).shuffle(rows)
+        (folder / "images").mkdir(parents=True, exist_ok=True)
+        if form == "images":
+            (folder / f"{part}.csv").write_text("filename,label\n" + "".join(f"{n},{c}\n" for c, n, _ in rows))
+            for _, name, picture in rows: Image.fromarray(picture).save(folder / "images" / name, "PNG", compress_level=1)
+        else: (folder / f"mini-imagenet-cache-{part}.pkl").write_bytes(pickle.dumps({"image_data": np.stack([p for *_, p in rows]), "class_dict": {c: [i for i, r in enumerate(rows) if r[0] == c] for c in classes}}))
+    return folder
+
+
+def small_tree(folder, seed=0, parents=("tools", "früchte"), classes=6, images=4):
+    files = [(p, f"class {c}", f"picture {i}.{('png', 'bmp', 'gif')[i % 3]}") for p in parents for c in range(classes) for i in range(images)]
+    random.Random(seed).shuffle(files)
+    for parts in files:
+        path = folder.joinpath(*parts)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(sum("/".join(parts).encode())).integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(path)
+    return folder
+
+
+SMALL = {"omniglot": small_omniglot, "cifar100": small_cifar, "mini": small_mini, "my-own": small_tree}
+
+
+# ---- the same images in any order are the same pack
+
+@pytest.mark.parametrize("name", SMALL)
+def test_order_of_the_source_does_not_matter(place, name):
+    written = []
+    for seed in range(2):
+        shutil.rmtree(place / "raw", ignore_errors=True)
+        assert stanet("data", "import", name, SMALL[name](place / "raw", seed=seed)) == ""
+        written.append((place / "data" / f"{name}.safetensors").read_bytes())
+    assert written[0] == written[1]
+
+
+@given(seed=st.integers(0, 10**6), train=st.integers(1, 199))
+@settings(quickly, max_examples=10)
+def test_any_order_of_cifar(place, seed, train):
+    assert pack_digest(sources.read_source("cifar100", small_cifar(place / "raw", seed, train))) == sources.KNOWN["cifar100"]
+
+
+def test_pickled_mini_is_the_same_in_any_order(place):
+    first, second = (pack_digest(sources.read_mini(small_mini(place / f"raw{seed}", seed, form="pickles"))) for seed in range(2))
+    assert first == second
+
+
+def test_everything_below_one_folder(place, capsys):
+    for name in ("omniglot", "cifar100", "mini"): SMALL[name](place / "raw" / f"my {name}")
+    (place / "raw" / "my omniglot" / "images_evaluation").rename(place / "later")
+    assert "Omniglot has" in stanet("data", "import", "all", place / "raw")
+    (place / "later").rename(place / "raw" / "my omniglot" / "images_evaluation")
+    assert stanet("data", "import", "all", place / "raw") == "" and stanet("data", "list") == ""
+    assert sorted(p.name for p in (place / "data").iterdir()) == ["cifar100.safetensors", "mini.safetensors", "omniglot.safetensors"]
+    capsys.readouterr()
+    assert stanet("data", "import", "all", place / "raw") == "" and capsys.readouterr().out.count("is there") == 3
+
+
+# ---- pickles
+
+class Call:
+    "Pickles as a call of `function`."
+    def __init__(self, function, *arguments): self.call = function, arguments
+    def __reduce__(self): return self.call
+
+
+@pytest.mark.parametrize("poison", [
+    lambda mark: pickle.dumps({b"data": Call(os.mkdir, mark)}, 2),
+    lambda mark: pickle.dumps({b"data": Call(eval, f"__import__('os').mkdir({mark!r})")}, 4),
+    lambda mark: pickle.dumps({b"data": Call(np.ndarray, (1,)), b"x": Call(os.mkdir, mark)}, 2),
+    lambda mark: b"cos\nmkdir\n(V" + mark.encode("unicode-escape") + b"\ntR.",
+    lambda mark: b"(V" + mark.encode("unicode-escape") + b"\nios\nmkdir\n.",
+    lambda mark: b"\x80\x04\x8c\x08builtins\x8c\x04eval\x93\x8c\x011\x85R.",
+    lambda mark: b"\x80\x04\x8c\x05numpy\x8c\x10ndarray.__base__\x93)R.",
+    lambda mark: pickle.dumps({b"data": np.array([Call(os.mkdir, mark)], dtype=object)}, 2),
+    lambda mark: b"Pid\n.",
+], ids=["mkdir", "eval", "ndarray", "global", "inst", "stack-global", "dotted", "object-array", "persistent"])
+@pytest.mark.parametrize("name, file", [("cifar100", "train"), ("cifar100", "meta"), ("mini", "mini-imagenet-cache-val.pkl")])
+def test_poisoned_pickle_runs_nothing(place, poison, name, file):
+    source, mark = small_cifar(place / "raw") if name == "cifar100" else small_mini(place / "raw", form="pickles"), place / "mark"
+    (source / file).write_bytes(poison(str(mark)))
+    answer = refused(place, "data", "import", name, source)
+    assert f"{source / file}: not a readable pickle" in answer and "get the file again" in answer and not mark.exists()
+
+
+@given(data=st.data())
+@settings(quickly, max_examples=150)
+def test_no_changed_byte_of_cifar_is_accepted(place, data):
+    "Cut or changed anywhere, the archive is refused, or gives the very same pack."
+    source = place / "good" / "cifar100"
+    name = data.draw(st.sampled_from(["train", "test", "meta"]))
+    whole = (source / name).read_bytes()
+    broken = bytearray(whole)
+    if data.draw(st.booleans()): del broken[data.draw(st.integers(0, len(whole) - 1)):]
+    else:
+        edge = data.draw(st.sampled_from([600, len(whole)]))  # half of the changes in the first bytes, where the schema is
+        broken[data.draw(st.integers(0, min(edge, len(whole)) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    try:
+        (source / name).write_bytes(broken)
+        answer = stanet("data", "import", "cifar100", source)
+        assert answer or pack_digest(load_pack(place / "data" / "cifar100.safetensors")) == sources.KNOWN["cifar100"]
+        assert not answer or str(source) in answer or "an image, label or name differs" in answer
+    finally:
+        (source / name).write_bytes(whole)
+        shutil.rmtree(place / "data", ignore_errors=True)
+
+
+def without(key): return lambda name, content: {k: v for k, v in content.items() if k != key}
+def altered(key, new): return lambda name, content: {k: new(v) if k == key else v for k, v in content.items()}
+
+
+@pytest.mark.parametrize("change", [
+    without(b"data"), without(b"fine_labels"), without(b"filenames"), without(b"coarse_label_names"),
+    altered(b"data", lambda d: d[:, :3000]), altered(b"data", lambda d: d.astype(np.float32)), altered(b"data", lambda d: d.tolist()), altered(b"data", lambda d: d[1:]),
+    altered(b"fine_labels", lambda l: [x + 1 for x in l]), altered(b"fine_labels", lambda l: ["a"] * len(l)), altered(b"coarse_labels", lambda l: l[::-1]), altered(b"fine_labels", lambda l: None),
+    altered(b"filenames", lambda l: [b"a.png"] * len(l)), altered(b"filenames", lambda l: [b"\xff" + n for n in l]), altered(b"fine_label_names", lambda l: [b"twice"] * 100), altered(b"fine_label_names", lambda l: l[::-1]),
+    lambda name, content: [1, 2, 3],
+], ids=range(17))
+def test_wrong_schema_or_labels_of_cifar(place, change):
+    answer = refused(place, "data", "import", "cifar100", small_cifar(place / "raw", change=change))
+    assert "raw" in answer and "again" in answer or "an image, label or name differs" in answer
+
+
+# ---- files that are not what they say
+
+PAGE = b"<!DOCTYPE html><html><body>404 Not Found</body></html>"
+
+
+@pytest.mark.parametrize("name, file, says", [
+    ("cifar100", "test", "not a readable pickle"), ("cifar100", "meta", "not a readable pickle"),
+    ("omniglot", "images_background/Alphabet/character01/1_05.png", "not a readable image"),
+    ("mini", "images/n0153282900000003.jpg", "not a readable image"), ("mini", "val.csv", "its first line is not 'filename,label'"),
+    ("my-own", "tools/class 1/picture 0.png", "not a readable image"),
+])
+def test_page_saved_under_the_name_of_data(place, name, file, says):
+    source = SMALL[name](place / "raw")
+    (source / file).write_bytes(PAGE)
+    answer = refused(place, "data", "import", name, source)
+    assert str(source / file) in answer and says in answer
+
+
+def test_bombs_and_odd_images(place):
+    source = small_tree(place / "raw")
+    Image.new("1", (20000, 20000)).save(source / "tools/class 1/bomb.png")
+    Image.new("I;16", (9, 9)).save(source / "tools/class 1/deep.png")
+    (source / "tools/class 1/empty.png").touch()
+    answer = refused(place, "data", "import", "my-own", source)
+    assert all(f in answer for f in ("bomb.png", "deep.png", "empty.png")) and "replace or remove" in answer
+
+
+@given(data=st.data())
+@settings(quickly, max_examples=60)
+def test_broken_images_never_raise_anything_else(place, data):
+    source = place / "tree"
+    if not source.exists(): small_tree(source)
+    path = source / "tools/class 1" / f"picture {data.draw(st.integers(0, 2))}.{'{}'}"
+    path = next(path.parent.glob(path.stem + ".*"))
+    whole = path.read_bytes()
+    broken = bytearray(whole[:data.draw(st.integers(0, len(whole)))])
+    for _ in range(data.draw(st.integers(0, 5))):
+        if broken: broken[data.draw(st.integers(0, min(99, len(broken) - 1)))] = data.draw(st.integers(0, 255))
+    try:
+        path.write_bytes(broken)
+        try: sources.decode(path, 16, "RGB")
+        except ValueError as error: assert str(path) in str(error) and len(str(error).splitlines()) == 1
+    finally: path.write_bytes(whole)
+
+
+def test_lists_of_mini_that_lie(place):
+    for change, says in ((lambda t: t.replace(",n01855672", ",n02091244", 1), "not a file such as"), (lambda t: t.replace("filename,label", "a,b"), "its first line"), (lambda t: t.replace("n01855672", "../../etc", 1), "not a file such as"), (lambda t: t + "\0", "val.csv: "),
+                         (lambda t: t + t.splitlines()[-1] + "\n", "3 a class"), (lambda t: "\n".join(t.splitlines()[:-1]) + "\n", "complete the files")):
+        source = small_mini(place / "raw")
+        (source / "val.csv").write_text(change((source / "val.csv").read_text()))
+        assert says in refused(place, "data", "import", "mini", source)
+        shutil.rmtree(source)
+    source = small_mini(place / "raw")
+    for part in ("train", "val"):  # other classes than mini-ImageNet's
+        text = (source / f"{part}.csv").read_text()
+        (source / f"{part}.csv").write_text(text.replace("n01855672", "n99999999"))
+    for path in (source / "images").glob("n01855672*"): path.rename(path.with_name(path.name.replace("n01855672", "n99999999")))
+    assert "the split of mini-ImageNet needs its 100 classes" in refused(place, "data", "import", "mini", source)
+    shutil.rmtree(source)
+    source = small_mini(place / "raw")
+    for path in list((source / "images").glob("n0185567*"))[:2]: path.unlink()
+    assert "no such file, and 1 more of 200 are missing" in refused(place, "data", "import", "mini", source)
+
+
+def test_places_that_hold_no_data(place):
+    (place / "empty").mkdir()
+    (place / "archive.zip").write_bytes(b"PK\x05\x06" + bytes(18))
+    for name in ("omniglot", "cifar100", "mini", "my-own", "all"):
+        for source in ("empty", "absent", "archive.zip"): assert source in refused(place, "data", "import", name, place / source)
+    for name in ("My own", "../up", "a/b", ""): assert "small letters, digits and hyphens" in refused(place, "data", "import", name, place / "empty")
+    for size in (0, 10**6): assert "is not between 4 and 1024" in refused(place, "data", "import", "my-own", small_tree(place / f"raw{size}"), "--size", size)
+
+
+# ---- trees of one's own
+
+def test_trees_that_are_not_one(place):
+    def spoil(change, says):
+        source = small_tree(place / "raw")
+        change(source)
+        assert says in refused(place, "data", "import", "my-own", source)
+        shutil.rmtree(source)
+    spoil(lambda s: [p.unlink() for p in (s / "tools/class 1").iterdir()][:0], "class 1: 0 images; a task needs at least two")
+    spoil(lambda s: [p.unlink() for p in sorted((s / "tools/class 1").iterdir())[1:]], "class 1: 1 images; a task needs at least two")
+    spoil(lambda s: (s / "tools/class 1/notes.txt").write_text("a"), "notes.txt: not an image file")
+    spoil(lambda s: (s / "tools/class 1/deeper").mkdir(), "deeper: not an image file")
+    spoil(lambda s: (s / "tools/loose.png").write_bytes(b""), "loose.png: a file beside class folders")
+    spoil(lambda s: shutil.copytree(s / "tools/class 1", s / "flat"), "throughout")
+    spoil(lambda s: (s / "tools/class 1").rename(s / "tools/a\nb"), "control characters in its name")
+    spoil(lambda s: os.rename(s / "tools/class 1", os.fsencode(s / "tools") + b"/caf\xe9"), "not valid UTF-8")
+    spoil(lambda s: shutil.copytree(s / "früchte", s / unicodedata.normalize("NFD", "früchte")), "in another Unicode form")
+    spoil(lambda s: (s / "tools/class 1/a.png").symlink_to(s / "gone.png"), "a.png: not a readable image")
+    spoil(lambda s: (s / "tools/class 1/again").symlink_to(s / "tools"), "again: not an image file")
+    spoil(lambda s: (s / "früchte/round").symlink_to(s), "round")
+
+
+def test_links_and_clutter_are_no_obstacle(place):
+    source = small_tree(place / "raw")
+    expected = pack_digest(sources.read_folder(source, 16, "my-own"))
+    shutil.move(source / "tools/class 1", place / "elsewhere")
+    (source / "tools/class 1").symlink_to(place / "elsewhere")
+    for name in (".DS_Store", "Thumbs.db"): (source / "früchte/class 2" / name).write_bytes(b"x")
+    (place / "link").symlink_to(source)
+    assert stanet("data", "import", "my-own", place / "link", "--size", 16) == ""
+    assert pack_digest(load_pack(place / "data/my-own.safetensors")) == expected
+
+
+# ---- where the pack goes
+
+def test_targets_that_cannot_be_written(place, monkeypatch):
+    source = small_tree(place / "raw")
+    (place / "data").write_text("in the way")
+    assert "data: " in refused(place, "data", "import", "my-own", source)
+    (place / "data").unlink()
+    def full(*_, **__): raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    def locked(*_, **__): raise PermissionError(13, "Permission denied", str(place / "data"))
+    for module, name, error, says in ((packs, "save_file", full, "No space left on device"), (experiment.tempfile, "TemporaryFile", locked, "Permission denied")):
+        with monkeypatch.context() as m:
+            m.setattr(module, name, error)
+            answer = refused(place, "data", "import", "my-own", source)
+        assert says in answer and "has room" in answer
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="for root no folder is read-only")
+def test_read_only_folder(place):
+    source = small_tree(place / "raw")
+    (place / "data").mkdir(mode=0o555)
+    assert "Permission denied" in refused(place, "data", "import", "my-own", source)
+
+
+def test_interrupted_import_leaves_the_old_pack(place, monkeypatch):
+    source = small_tree(place / "raw")
+    assert stanet("data", "import", "my-own", source) == ""
+    before = (place / "data/my-own.safetensors").read_bytes()
+    def interrupted(*_): raise KeyboardInterrupt
+    for module, name in ((sources, "decode"), (packs, "save_file")):
+        with monkeypatch.context() as m:
+            m.setattr(module, name, lambda *_, **__: interrupted())
+            with pytest.raises((KeyboardInterrupt, AssertionError)): stanet("data", "import", "my-own", source)
+        assert [p.name for p in (place / "data").iterdir()] == ["my-own.safetensors"] and (place / "data/my-own.safetensors").read_bytes() == before
+    killed, running = place / "data/.my-own.safetensors.abc", place / "data/.my-own.safetensors.def"
+    for path in (killed, running): path.write_bytes(b"half")
+    os.utime(killed, (0, 0))
+    assert stanet("data", "import", "my-own", source) == "" and not killed.exists() and running.exists()
+
+
+# ---- what verify says
+
+def test_verify(place, capsys, monkeypatch):
+    for name in ("omniglot", "cifar100", "mini"): assert stanet("data", "import", name, SMALL[name](place / "raw" / name)) == ""
+    monkeypatch.setitem(experiment.SUMMARIES, "omniglot", {})  # the small Omniglot has no test characters
+    capsys.readouterr()
+    assert stanet("data", "verify") == ""
+    said = capsys.readouterr().out
+    assert said.count("in order") == 3 and "80/0/20 classes of 16/0/4 parents" in said and "not byte for byte the pack" in said
+    changed = load_pack(place / "data/cifar100.safetensors")
+    changed.images[5, 0, 0, 0] ^= 1
+    packs.save_pack(changed, place / "data/cifar100.safetensors")
+    (place / "data/omniglot.safetensors").unlink()
+    torn = bytearray((place / "data/mini.safetensors").read_bytes())
+    torn[-1] ^= 1
+    (place / "data/mini.safetensors").write_bytes(torn)
+    assert stanet("data", "verify") == "stanet: 3 of 3 packs are missing or deviate, see above"
+    said = capsys.readouterr().out
+    for line in ("data/omniglot.safetensors is missing; `stanet data download omniglot`", "an image, label or name differs; get the official files again", "digest differs); remove it and import it again"): assert line in said
+
+
+@given(data=st.data())
+@settings(quickly, max_examples=100)
+def test_no_changed_byte_of_a_pack_is_accepted(place, data):
+    path = place / "own.safetensors"
+    if not path.exists(): packs.save_pack(sources.read_folder(small_tree(place / "tree"), 16, "own"), path)
+    whole = path.read_bytes()
+    known, broken = pack_digest(load_pack(path)), bytearray(whole)
+    if data.draw(st.booleans()): del broken[data.draw(st.integers(0, len(whole) - 1)):]
+    else: broken[data.draw(st.integers(0, data.draw(st.sampled_from([900, len(whole)])) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    try:
+        path.write_bytes(broken)
+        try: assert pack_digest(load_pack(path)) == known
+        except ValueError as error: assert str(path) in str(error) and "import it again" in str(error) and len(str(error).splitlines()) == 1
+    finally: path.write_bytes(whole)
+
+
+# ---- from a folder of images to a run
+
+OWN = """
+recipes:
+  short: {steps: 5, tasks: 2, query: 2}
+task_sets:
+  my-own-2w1s: {pack: data/my-own.safetensors, split: folder, way: 2, shot: 1, query: 3, n: 50}
+runs:
+  my-own-2w1s: {recipe: short, pack: data/my-own.safetensors, split: folder, test: my-own-2w1s, way: 2, shot: 1, width: 8, pools: 2, layers: 1, d_k: 8, d_v: 8}
+"""
+
+
+def test_own_images_make_a_run(place):
+    "What the pipeline's stages do for a run, without the notebook."
+    (place / "params.yaml").write_text(OWN)
+    assert stanet("data", "import", "my-own", small_tree(place / "raw", images=8), "--size", 24) == ""
+    for command in ("check",), ("tasks", "my-own-2w1s"), ("fit", "my-own-2w1s"): assert stanet(*command) == ""
+    chosen, pack = experiment.find_run("my-own-2w1s"), load_pack(place / "data/my-own.safetensors")
+    net, history, _ = experiment.fit(chosen, pack)  # finished already, and found
+    correct, _, unseen = experiment.measure(chosen, net, pack, experiment.load_tasks(place / "tasks/my-own-2w1s.safetensors", pack_digest(pack)))
+    assert len(correct) == 50 and len(unseen.classes) == 2 and len(pack.classes) == 12
+
+
+def test_classes_too_small_for_the_tasks_are_named(place):
+    (place / "params.yaml").write_text(OWN.replace("query: 3", "query: 9"))
+    assert stanet("data", "import", "my-own", small_tree(place / "raw", images=4), "--size", 24) == ""
+    assert "has 4 images, too few for 1 shots and 9 queries" in stanet("tasks", "my-own-2w1s")
