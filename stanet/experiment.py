@@ -8,10 +8,11 @@ __all__ = ['NAME', 'SECTIONS', 'EXTENTS', 'app', 'data_app', 'DATASETS', 'Run', 
            'reachable', 'fingerprint', 'run_fingerprint', 'notebook_fingerprint', 'write_fingerprints', 'note_digest',
            'check_digest', 'load_data', 'task_set', 'prepare', 'scratch_folder', 'fit', 'measure', 'metrics_of',
            'record', 'with_palette', 'execute', 'data_import', 'data_download', 'check', 'fingerprints', 'glyphs',
-           'tasks', 'find_run', 'train_command', 'fit_command', 'report', 'with_results', 'readme', 'main']
+           'tasks', 'find_run', 'interruptible', 'train_command', 'fit_command', 'report', 'with_results', 'readme',
+           'main']
 
-# %% ../nbs/14_experiment.ipynb #b201278d
-import ast, asyncio, base64, hashlib, io, json, os, re, signal, symtable, sys
+# %% ../nbs/14_experiment.ipynb #1bb31fe2
+import ast, asyncio, base64, functools, hashlib, io, json, os, re, signal, symtable, sys
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
@@ -163,25 +164,33 @@ def extents(name: str, split: str) -> dict:  # part -> classes, images of the sm
     images = dict(zip(pack.classes, pack.labels.bincount(minlength=len(pack.classes)).tolist()))
     return {part: (len(classes), min(images[c] for c in classes)) for part in ("train", "val", "test") if (classes := getattr(make_split(split, pack), part))}
 
-# %% ../nbs/14_experiment.ipynb #d8d1c5cf
+# %% ../nbs/14_experiment.ipynb #d14aab38
 def _tasks_fit(place: str, part: str, sizes: dict, way: int, images: int) -> list:  # problems of tasks of `way` classes with `images` images each
     if part not in sizes: return []
     classes, fewest = sizes[part]
     return [f"{place}.way: {way}, but there are {classes} {part} classes"] * (way > classes) + [f"{place}.shot: shot and queries make {images} images a class, but the smallest {part} class has {fewest}"] * (images > fewest)
 
-def _network_fits(run: Run, pack: Path) -> list:  # problems of the network, tried out without memory
+@functools.lru_cache
+def _buildable(shape, **config) -> str:  # why the network can't be built for images of this shape, or nothing; tried out on one image
+    try:
+        weights = sum(p.numel() for p in outline(config | {"channels": shape[2]}).parameters())
+        if weights > 100_000_000: return f"it would have {weights:,} weights"
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            net = build(config | {"channels": shape[2]}).eval()
+            maps = net.embed(torch.zeros(1, shape[2], *shape[:2]))[None]
+            net.classify(maps, torch.zeros(1, 1), maps)
+    except (TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError) as error: return in_one_line(error)[:200]
+    return ""
+
+def _network_fits(run: Run, pack: Path) -> list:  # problems of the network
     try: shape = pack_outline(pack).images.shape[1:] if pack.is_file() else None
     except ValueError: return []  # told with the task set
-    if run.layers > 100 or max(run.width, run.d_k, run.d_v, run.way) > 100_000: return [f"runs.{run.key}: a network with layers {run.layers}, width {run.width}, d_k {run.d_k}, d_v {run.d_v} can't be meant"]
+    if run.layers > 100: return [f"runs.{run.key}.layers: more than 100 can't be meant (found {run.layers})"]
     for field, module in (("backbone", stanet.embedding), ("attention", stanet.attention)):
         kind = getattr(module, getattr(run, field), None)
         if not (isinstance(kind, type) and issubclass(kind, torch.nn.Module)): return [f"runs.{run.key}.{field}: there is no {getattr(run, field)!r} in the notebooks"]
-    try:
-        net = outline(dict(backbone=run.backbone, channels=shape[2] if shape else 1, width=run.width, pools=run.pools, dropout=run.dropout, way=run.way, layers=run.layers, d_k=run.d_k, d_v=run.d_v, attention=run.attention, sigma=run.sigma)).eval()
-        maps = net.embed(torch.empty(3, shape[2] if shape else 1, *(shape[:2] if shape else (96, 96)), device="meta")[None].flatten(0, 1))
-        for layer in net.layers[:1]: layer(maps[None].flatten(-2), maps[None, :1].flatten(-2), maps[None, :1].mean((-2, -1)), torch.empty(1, 3, run.way, device="meta"))
-    except (TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError) as error: return [f"runs.{run.key}: its network can't be built: {in_one_line(error)[:200]}"]
-    return []
+    why = _buildable(tuple(shape or (28, 28, 1)), **{k: getattr(run, k) for k in ("backbone", "width", "pools", "dropout", "way", "layers", "d_k", "d_v", "attention", "sigma")})
+    return [f"runs.{run.key}: its network can't be built: {why}"] if why else []
 
 # %% ../nbs/14_experiment.ipynb #8e8487f3
 def _run_fits(run: Run, sets: dict, wrong: set) -> list:  # problems of a run with its task set, data and network; `wrong` are fields that have been refused already
@@ -413,20 +422,35 @@ def with_palette(png: str) -> str:  # base64 -> base64
     Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB").quantize(128).save(small, "PNG", optimize=True)
     return base64.b64encode(small.getvalue()).decode()
 
-# %% ../nbs/14_experiment.ipynb #887decb2
+# %% ../nbs/14_experiment.ipynb #1b6ddc95
+def _kernel_manager():
+    from jupyter_client.manager import AsyncKernelManager
+    class Manager(AsyncKernelManager):
+        async def post_start_kernel(self, **options):
+            await super().post_start_kernel(**options)
+            try: asyncio.get_running_loop().add_signal_handler(signal.SIGINT, lambda: asyncio.ensure_future(self.interrupt_kernel()))
+            except RuntimeError: pass  # not in the main thread, where Ctrl-C arrives
+    return Manager
+
+# %% ../nbs/14_experiment.ipynb #7a17e724
 def execute(notebook, output, parameters: dict):
-    "Run a notebook by papermill from the project's folder; unknown parameters and a missing `parameters` tag are refused. A failed notebook is kept under scratch/."
+    "Run a notebook by papermill from the project's folder; unknown parameters and a missing `parameters` tag are refused. A failed notebook is kept under scratch/; an interrupted one raises `KeyboardInterrupt`."
+    notebook, output = Path(notebook), Path(output)
+    with alone(root() / "scratch" / "executing" / f"{output.parent.name}-{output.stem}"): _execute(notebook, output, parameters)
+
+def _execute(notebook, output, parameters):
     import papermill
     os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")  # the kernel of this environment, not one that the user has installed
     os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")  # a notebook run by a program has no widgets
-    notebook, output = Path(notebook), Path(output)
     cells = json.loads(notebook.read_text())["cells"]
     if not any("parameters" in c["metadata"].get("tags", []) for c in cells): raise ValueError(f"{notebook}: no cell has the tag 'parameters' (nbdev_clean keeps it if settings.ini allows tags)")
     if unknown := sorted(parameters.keys() - papermill.inspect_notebook(str(notebook)).keys()): raise ValueError(f"{notebook}: its parameters cell has no {', '.join(unknown)}")
     draft = root() / "scratch" / "executing" / f"{output.parent.name}-{output.name}"
     draft.parent.mkdir(parents=True, exist_ok=True)
-    try: papermill.execute_notebook(str(notebook), str(draft), parameters, kernel_name="python3", cwd=str(root()), progress_bar=False, log_output=True, stdout_file=sys.stdout, stderr_file=sys.stderr)
-    except papermill.PapermillExecutionError as error: raise ValueError(f"{notebook.name}: {error.ename}: {error.evalue}; the notebook up to there is {draft.relative_to(root())}") from None
+    try: papermill.execute_notebook(str(notebook), str(draft), parameters, kernel_name="python3", cwd=str(root()), progress_bar=False, log_output=True, stdout_file=sys.stdout, stderr_file=sys.stderr, kernel_manager_class=_kernel_manager())
+    except papermill.PapermillExecutionError as error:
+        if error.ename == "KeyboardInterrupt": raise KeyboardInterrupt(error.evalue) from None
+        raise ValueError(f"{notebook.name}: {error.ename}: {error.evalue}; the notebook up to there is {draft.relative_to(root())}") from None
     nb = json.loads(draft.read_text().replace(f"{root()}/", ""))  # a result doesn't tell where it was made
     nb["metadata"] = {k: nb["metadata"][k] for k in ("kernelspec", "language_info") if k in nb["metadata"]}
     for cell in nb["cells"]:
@@ -468,7 +492,7 @@ def check():
     params = load_params()
     print(f"params.yaml: {len(params.runs)} runs and {len(params.task_sets)} task sets are in order")
 
-# %% ../nbs/14_experiment.ipynb #ee72acc7
+# %% ../nbs/14_experiment.ipynb #a55ee1c2
 @app.command()
 def fingerprints():
     "Write the fingerprints that the pipeline's stages depend on."
@@ -483,35 +507,45 @@ def glyphs():
 @app.command()
 def tasks(name: str):
     "Draw the test tasks NAME."
-    path = root() / "tasks" / f"{name}.safetensors"
+    path, sets = root() / "tasks" / f"{name}.safetensors", load_params().task_sets
+    if name not in sets: raise ValueError(f"no task set {name!r} in params.yaml; there are {', '.join(sets)}")
+    pack = load_data(sets[name].pack)
     for old in (path, path.with_suffix(".sha256")): old.unlink(missing_ok=True)
-    t = load_params().task_sets[name]
-    note_digest(path.with_suffix(".sha256"), tasks_digest(task_set(name, t, load_data(t.pack))))
+    note_digest(path.with_suffix(".sha256"), tasks_digest(task_set(name, sets[name], pack)))
 
-# %% ../nbs/14_experiment.ipynb #791bdd56
+# %% ../nbs/14_experiment.ipynb #f929f2a8
 def find_run(key: str) -> Run:
     "The run `key` of params.yaml."
     runs = load_params().runs
     if key not in runs: raise ValueError(f"no run {key!r} in params.yaml; there are {', '.join(runs)}")
     return runs[key]
 
+@contextmanager
+def interruptible(again: str):
+    "Ctrl-C in this block ends the command with one line that says how to go on, and the exit code 130."
+    try: yield
+    except KeyboardInterrupt as stop:
+        if os.environ.get("RANK", "0") == "0": print(f"stanet: {stop if str(stop) else f'stopped; `{again}` goes on from the last state'}", file=sys.stderr)
+        raise typer.Exit(130) from None
+
 @app.command("train")
 def train_command(key: str):
     "Train, test and record the run KEY, in a notebook."
-    execute(root() / "nbs" / "experiments" / "train.ipynb", root() / "runs" / key / "train.ipynb", find_run(key).model_dump())
+    with interruptible(f"stanet train {key}"): execute(root() / "nbs" / "experiments" / "train.ipynb", root() / "runs" / key / "train.ipynb", find_run(key).model_dump())
 
 @app.command("fit")
 def fit_command(key: str):
     "Train the run KEY without the notebook; `stanet train KEY` then finds it finished."
-    run = find_run(key)
-    fit(run, load_data(run.pack))
+    with interruptible(f"stanet fit {key}"):
+        run = find_run(key)
+        fit(run, load_data(run.pack))
 
 @app.command()
 def report(name: str):
     "Make the report NAME (a table or a figure) from the runs that exist."
     source = root() / "nbs" / "results" / f"{name}.ipynb"
     if not source.is_file(): raise ValueError(f"no report {name!r}; there are {', '.join(sorted(p.stem for p in source.parent.glob('*.ipynb')))}")
-    execute(source, root() / "results" / f"{name}.ipynb", {"name": name})
+    with interruptible(f"stanet report {name}"): execute(source, root() / "results" / f"{name}.ipynb", {"name": name})
 
 # %% ../nbs/14_experiment.ipynb #91c2d6cc
 def with_results(text: str, results) -> str:
@@ -526,8 +560,8 @@ def readme():
     text = with_results(path.read_text(), root() / "results")
     with atomic(path) as temporary: temporary.write_text(text)
 
-# %% ../nbs/14_experiment.ipynb #72060f98
+# %% ../nbs/14_experiment.ipynb #6004beed
 def main():
     "The `stanet` command: errors that a user can cause are one line."
     try: app()
-    except (ValueError, OSError, FloatingPointError) as error: sys.exit(f"stanet: {error}")
+    except (ValueError, OSError, ArithmeticError, SyntaxError) as error: sys.exit(f"stanet: {error}")

@@ -112,14 +112,14 @@ class Checkpoints:
 
     def _files(self): return sorted(p for p in self.folder.glob("step-*.safetensors") if re.fullmatch(r"step-\d{8,}-[0-9a-f]{16}", p.stem))
 
-# %% ../nbs/10_training.ipynb #59617ece
+# %% ../nbs/10_training.ipynb #a3cd6365
 @contextmanager
 def alone(folder, wait: float = 3.0):
     "Hold `folder` for this process; if another one does for longer than `wait` seconds, a `BlockingIOError` says so."
     lock = FileLock(Path(folder) / ".lock")
     with writing(lock.lock_file): Path(folder).mkdir(parents=True, exist_ok=True)
     try: lock.acquire(timeout=wait)
-    except Timeout: raise BlockingIOError(f"{Path(folder).name} is being trained by another process; wait until it has ended, or stop it") from None
+    except Timeout: raise BlockingIOError(f"another process is at work on {Path(folder).name}; wait until it has ended, or stop it") from None
     try: yield
     finally: lock.release()
 
@@ -266,7 +266,7 @@ def train(net, images, labels, targets, way: int, shot: int, recipe: Recipe, fol
     about = {"training_seconds": round(state.seconds, 1), "steps_per_second": round(recipe.steps / max(state.seconds, 1e-9), 2), **state.devices}
     return averaged(state), pd.DataFrame(state.history), about
 
-# %% ../nbs/10_training.ipynb #c2478f67
+# %% ../nbs/10_training.ipynb #452263b6
 def run_steps(accelerator, net, state: State, images, targets, shot: int, recipe: Recipe, part, checkpoints: Checkpoints, validate, validate_every: int, every: int, save_seconds: float):
     "The steps from `state` to the recipe's last."
     state.devices = devices_together(state.devices, describe_device())
@@ -293,4 +293,4 @@ def run_steps(accelerator, net, state: State, images, targets, shot: int, recipe
             if stop or last or state.step % every == 0 and time.perf_counter() - saved > save_seconds:
                 if accelerator.is_main_process: checkpoints.save(state.step, state.tensors(), state.about())
                 saved = time.perf_counter()
-            if stop: raise KeyboardInterrupt(f"stopped and saved at step {state.step:,} of {recipe.steps:,}; the same command goes on from there")
+            if stop: raise KeyboardInterrupt(f"stopped and saved at step {state.step:,} of {recipe.steps:,}; the same command or cell goes on from there")
