@@ -11,8 +11,8 @@ __all__ = ['NAME', 'SECTIONS', 'EXTENTS', 'app', 'data_app', 'DATASETS', 'Run', 
            'tasks', 'find_run', 'interruptible', 'train_command', 'fit_command', 'report', 'with_results', 'readme',
            'main']
 
-# %% ../nbs/14_experiment.ipynb #1bb31fe2
-import ast, asyncio, base64, functools, hashlib, io, json, os, re, signal, symtable, sys
+# %% ../nbs/14_experiment.ipynb #06afcee0
+import ast, asyncio, base64, functools, hashlib, io, json, os, re, signal, symtable, sys, threading
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
@@ -422,17 +422,17 @@ def with_palette(png: str) -> str:  # base64 -> base64
     Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB").quantize(128).save(small, "PNG", optimize=True)
     return base64.b64encode(small.getvalue()).decode()
 
-# %% ../nbs/14_experiment.ipynb #1b6ddc95
+# %% ../nbs/14_experiment.ipynb #b55207d3
 def _kernel_manager():
     from jupyter_client.manager import AsyncKernelManager
     class Manager(AsyncKernelManager):
-        async def post_start_kernel(self, **options):
-            await super().post_start_kernel(**options)
+        async def start_kernel(self, **options):
+            await super().start_kernel(**options)
             try: asyncio.get_running_loop().add_signal_handler(signal.SIGINT, lambda: asyncio.ensure_future(self.interrupt_kernel()))
             except RuntimeError: pass  # not in the main thread, where Ctrl-C arrives
     return Manager
 
-# %% ../nbs/14_experiment.ipynb #7a17e724
+# %% ../nbs/14_experiment.ipynb #ece92ce4
 def execute(notebook, output, parameters: dict):
     "Run a notebook by papermill from the project's folder; unknown parameters and a missing `parameters` tag are refused. A failed notebook is kept under scratch/; an interrupted one raises `KeyboardInterrupt`."
     notebook, output = Path(notebook), Path(output)
@@ -447,10 +447,13 @@ def _execute(notebook, output, parameters):
     if unknown := sorted(parameters.keys() - papermill.inspect_notebook(str(notebook)).keys()): raise ValueError(f"{notebook}: its parameters cell has no {', '.join(unknown)}")
     draft = root() / "scratch" / "executing" / f"{output.parent.name}-{output.name}"
     draft.parent.mkdir(parents=True, exist_ok=True)
+    usual = signal.getsignal(signal.SIGINT)
     try: papermill.execute_notebook(str(notebook), str(draft), parameters, kernel_name="python3", cwd=str(root()), progress_bar=False, log_output=True, stdout_file=sys.stdout, stderr_file=sys.stderr, kernel_manager_class=_kernel_manager())
     except papermill.PapermillExecutionError as error:
         if error.ename == "KeyboardInterrupt": raise KeyboardInterrupt(error.evalue) from None
         raise ValueError(f"{notebook.name}: {error.ename}: {error.evalue}; the notebook up to there is {draft.relative_to(root())}") from None
+    finally:
+        if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGINT, usual)
     nb = json.loads(draft.read_text().replace(f"{root()}/", ""))  # a result doesn't tell where it was made
     nb["metadata"] = {k: nb["metadata"][k] for k in ("kernelspec", "language_info") if k in nb["metadata"]}
     for cell in nb["cells"]:
