@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Tasks', 'class_table', 'Episodes', 'gather', 'augment', 'draw_task_set', 'tasks_digest', 'save_tasks', 'load_tasks']
 
-# %% ../nbs/05_episodes.ipynb #a0bf05af
+# %% ../nbs/05_episodes.ipynb #3369bc63
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from .packs import atomic, digest
+from .packs import atomic, digest, in_one_line
 
 # %% ../nbs/05_episodes.ipynb #d5f95d00
 class Tasks(NamedTuple):
@@ -133,7 +133,7 @@ def tasks_digest(tasks: Tasks) -> str:
     "SHA-256 of a task set."
     return digest(*tasks)
 
-# %% ../nbs/05_episodes.ipynb #ce164a69
+# %% ../nbs/05_episodes.ipynb #52186a4a
 def save_tasks(tasks: Tasks, path, pack: str):
     "Write a task set for the pack with the digest `pack`."
     with atomic(path) as temporary:
@@ -144,7 +144,8 @@ def load_tasks(path, pack: str) -> Tasks:
     if not Path(path).is_file(): raise FileNotFoundError(f"{path}: no such task set; `dvc repro` draws it")
     try:
         with safe_open(path, "pt") as f: header, tasks = json.loads(f.metadata()["tasks"]), Tasks(**{k: f.get_tensor(k) for k in f.keys()})
-    except (SafetensorError, TypeError, KeyError) as error: raise ValueError(f"{path}: not a task set ({error}); remove it and draw it again") from None
-    if header["pack"] != pack: raise ValueError(f"{path}: drawn for another pack; remove it and draw it again")
-    if header["sha256"] != tasks_digest(tasks): raise ValueError(f"{path}: its content is not what was saved; remove it and draw it again")
+        drawn_for, sha = header["pack"], header["sha256"]
+    except (SafetensorError, TypeError, KeyError, ValueError, AttributeError, RuntimeError) as error: raise ValueError(f"{path}: not a task set ({in_one_line(error)}); remove it and draw it again") from None
+    if drawn_for != pack: raise ValueError(f"{path}: drawn for another pack; remove it and draw it again")
+    if sha != tasks_digest(tasks): raise ValueError(f"{path}: its content is not what was saved; remove it and draw it again")
     return tasks

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['Share', 'Count', 'Recipe', 'learning_rate', 'multiplies_bf16', 'mixed_precision', 'make_optimiser', 'head_size',
            'Checkpoints', 'alone', 'State', 'training_step', 'check_state', 'averaged', 'show_progress',
-           'describe_device', 'devices_together', 'noted_interrupt', 'ready', 'train', 'run_steps']
+           'describe_device', 'devices_together', 'noted_interrupt', 'mean_of_all', 'pressed_in_any', 'check_agreement',
+           'ready', 'train', 'run_steps']
 
-# %% ../nbs/10_training.ipynb #1c129d52
-import copy, hashlib, json, math, platform, signal, sys, threading, time, warnings
+# %% ../nbs/10_training.ipynb #7bbbc907
+import copy, hashlib, json, math, platform, re, signal, sys, threading, time, warnings
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
@@ -23,14 +24,14 @@ from safetensors.torch import load, save
 from tqdm import tqdm
 from .episodes import Episodes, augment, gather
 from .losses import full_loss, semantic_loss, task_loss
-from .packs import atomic
+from .packs import atomic, writing
 
-# %% ../nbs/10_training.ipynb #56438ba7
+# %% ../nbs/10_training.ipynb #18124e23
 Share, Count = Annotated[float, Field(ge=0)], Annotated[int, Field(gt=0)]
 
 class Recipe(BaseModel):
     "How a network is trained."
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
     steps: Count = Field(20000, description="optimiser steps")
     tasks: Count = Field(16, description="tasks a step")
     mix: Count = Field(1, description="times that the images of a step are dealt into tasks anew")
@@ -53,11 +54,12 @@ class Recipe(BaseModel):
     scale: Share = Field(0.0, description="largest change of size, as a natural logarithm")
     colour: Share = Field(0.0, description="largest change of a channel's gain, and half of it as offset")
     precision: Literal["auto", "bf16", "float32"] = Field("auto", description="number format of the convolutions; auto takes bf16 where the device has matrix units for it")
-    seed: int = Field(0, description="of weights, tasks and augmentation")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of weights, tasks and augmentation")
 
     @model_validator(mode="after")
     def consistent(self):
         if self.mix > 1 and self.classes == "epoch": raise ValueError("mix > 1 deals the images of different classes anew and needs classes: uniform")
+        if self.warmup >= self.steps: raise ValueError(f"warmup: {self.warmup} steps don't end within the {self.steps} steps of the run")
         if self.siblings and self.mix == 1: raise ValueError("siblings is a share of the deals of mix, which is 1")
         return self
 
@@ -90,7 +92,7 @@ def head_size(net) -> float:
     "The smallest root mean square among the matrices without which no label reaches the output."
     return min(float(m.weight.detach().square().mean().sqrt()) for m in [net.W_o, *(layer.task.W_v for layer in net.layers)])
 
-# %% ../nbs/10_training.ipynb #b25b5349
+# %% ../nbs/10_training.ipynb #01a83a2f
 class Checkpoints:
     "The states of one run in `folder`; the newest two are kept."
     def __init__(self, folder): self.folder = Path(folder)
@@ -103,20 +105,21 @@ class Checkpoints:
     def latest(self) -> tuple[dict, dict] | None:  # tensors, about
         "The newest state that is whole, or None."
         for path in reversed(self._files()):
-            data = path.read_bytes()
-            if hashlib.sha256(data).hexdigest()[:16] != path.stem.split("-")[2]: continue
+            try: data = path.read_bytes()
+            except OSError: continue
+            if hashlib.sha256(data).hexdigest()[:16] != path.stem[-16:]: path.unlink(missing_ok=True); continue
             with safe_open(path, "pt") as f: return load(data), json.loads(f.metadata()["state"])
 
-    def _files(self): return sorted(self.folder.glob("step-*.safetensors"))
+    def _files(self): return sorted(p for p in self.folder.glob("step-*.safetensors") if re.fullmatch(r"step-\d{8,}-[0-9a-f]{16}", p.stem))
 
-# %% ../nbs/10_training.ipynb #655e1a78
+# %% ../nbs/10_training.ipynb #a3cd6365
 @contextmanager
-def alone(folder):
-    "Hold `folder` for this process; if another one does, a `BlockingIOError` says so."
+def alone(folder, wait: float = 3.0):
+    "Hold `folder` for this process; if another one does for longer than `wait` seconds, a `BlockingIOError` says so."
     lock = FileLock(Path(folder) / ".lock")
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    try: lock.acquire(timeout=0)
-    except Timeout: raise BlockingIOError(f"{Path(folder).name} is being trained by another process; wait until it has ended, or stop it") from None
+    with writing(lock.lock_file): Path(folder).mkdir(parents=True, exist_ok=True)
+    try: lock.acquire(timeout=wait)
+    except Timeout: raise BlockingIOError(f"another process is at work on {Path(folder).name}; wait until it has ended, or stop it") from None
     try: yield
     finally: lock.release()
 
@@ -177,13 +180,14 @@ def training_step(net, images, targets, episodes: Episodes, recipe: Recipe, part
     accuracy = (logits.argmax(-1) == tasks.query_labels).float().mean()
     return loss, torch.stack([loss.detach(), task.detach(), torch.zeros_like(task) if regular is None else regular.detach(), accuracy])
 
-# %% ../nbs/10_training.ipynb #cb038daa
+# %% ../nbs/10_training.ipynb #96cd678b
 def check_state(state: State, row: dict):
     "Stop a run whose loss or weights are not finite; warn if the attention head has died."
-    finite = torch.stack([p.isfinite().all() for p in state.net.parameters()]).tolist()
+    named = [(n, t) for n, t in state.net.state_dict().items() if t.is_floating_point()]
+    finite = torch.stack([t.isfinite().all() for _, t in named]).tolist()
     if not all(map(math.isfinite, row.values())) or not all(finite):
-        bad = [n for (n, _), ok in zip(state.net.named_parameters(), finite) if not ok]
-        which = f", and {len(bad)} tensors are not finite, the first of them {bad[0]}" if bad else ""
+        bad = [n for (n, _), ok in zip(named, finite) if not ok]
+        which = f", and {len(bad)} of {len(named)} tensors are not finite, the first of them {bad[0]}" if bad else ""
         raise FloatingPointError(f"step {state.step}: the loss is {row['loss']}{which}; a lower lr or precision: float32 may help")
     if head_size(state.net) < 1e-4: warnings.warn(f"step {state.step}: the attention head has shrunk to zero and learns no more; use decay_head: false or decoupled: true")
 
@@ -224,6 +228,20 @@ def noted_interrupt():
     finally:
         if main: signal.signal(signal.SIGINT, usual)
 
+# %% ../nbs/10_training.ipynb #2dfcedac
+def mean_of_all(accelerator, values: torch.Tensor) -> torch.Tensor:
+    "The mean of `values` over the processes."
+    return accelerator.reduce(values, "mean") if accelerator.num_processes > 1 else values
+
+def pressed_in_any(accelerator, noted: list) -> bool:
+    "Whether Ctrl-C was pressed in this process or another one."
+    return bool(noted) if accelerator.num_processes == 1 else bool(mean_of_all(accelerator, torch.tensor([float(len(noted))], device=accelerator.device)) > 0)
+
+def check_agreement(accelerator, step: int):
+    "Refuse to train on from different states."
+    if accelerator.num_processes > 1 and len(steps := set(accelerator.gather(torch.tensor([step], device=accelerator.device)).tolist())) > 1:
+        raise ValueError(f"the processes found states of the steps {', '.join(map(str, sorted(steps)))}; they need one folder scratch/ that all of them see")
+
 # %% ../nbs/10_training.ipynb #61157f4a
 def ready(net, images, labels, way: int, shot: int, recipe: Recipe, names, parents):  # -> Accelerator, the prepared network, State, this process's part of the tasks
     "Everything that a training starts with."
@@ -235,7 +253,7 @@ def ready(net, images, labels, way: int, shot: int, recipe: Recipe, names, paren
     part = slice(accelerator.process_index, None, accelerator.num_processes) if accelerator.num_processes > 1 else slice(None)
     return accelerator, wrapped, State(net, optimiser, episodes, recipe.average), part
 
-# %% ../nbs/10_training.ipynb #70a11f52
+# %% ../nbs/10_training.ipynb #d9c717a1
 def train(net, images, labels, targets, way: int, shot: int, recipe: Recipe, folder, names=None, parents=None, validate=None, validate_every: int = 1000, every: int = 50, save_seconds: float = 30.0):
     "Train `net` on uint8 `images`, labelled by `labels` and for the semantic loss by `targets`; `parents` are the parent categories of the classes. Returns the averaged network, the history, and a dictionary with seconds, speed, device and versions."
     accelerator, wrapped, state, part = ready(net, images, labels, way, shot, recipe, names, parents)
@@ -243,11 +261,12 @@ def train(net, images, labels, targets, way: int, shot: int, recipe: Recipe, fol
     checkpoints = Checkpoints(folder)
     with alone(folder) if accelerator.is_main_process else nullcontext():
         if (found := checkpoints.latest()) is not None: state.restore(*found)
+        check_agreement(accelerator, state.step)
         if state.step < recipe.steps: run_steps(accelerator, wrapped, state, images, targets, shot, recipe, part, checkpoints, validate, validate_every, every, save_seconds)
     about = {"training_seconds": round(state.seconds, 1), "steps_per_second": round(recipe.steps / max(state.seconds, 1e-9), 2), **state.devices}
     return averaged(state), pd.DataFrame(state.history), about
 
-# %% ../nbs/10_training.ipynb #fe44d816
+# %% ../nbs/10_training.ipynb #452263b6
 def run_steps(accelerator, net, state: State, images, targets, shot: int, recipe: Recipe, part, checkpoints: Checkpoints, validate, validate_every: int, every: int, save_seconds: float):
     "The steps from `state` to the recipe's last."
     state.devices = devices_together(state.devices, describe_device())
@@ -261,15 +280,17 @@ def run_steps(accelerator, net, state: State, images, targets, shot: int, recipe
             accelerator.backward(loss)
             state.optimiser.step()
             state.optimiser.zero_grad()
-            state.advance(values)
+            state.advance(mean_of_all(accelerator, values))
             last = state.step == recipe.steps
             if state.step % every == 0 or last:
                 row = state.close_window()
                 check_state(state, row)
                 if validate and (state.step % validate_every == 0 or last): row["validation"] = validate(averaged(state))
                 state.seconds += time.perf_counter() - clock; clock = time.perf_counter()
-                show_progress(state, row, recipe.steps, every, bar)
-            if interrupted or last or state.step % every == 0 and time.perf_counter() - saved > save_seconds:
+                if accelerator.is_main_process: show_progress(state, row, recipe.steps, every, bar)
+            stop = pressed_in_any(accelerator, interrupted)
+            if stop: state.seconds += time.perf_counter() - clock
+            if stop or last or state.step % every == 0 and time.perf_counter() - saved > save_seconds:
                 if accelerator.is_main_process: checkpoints.save(state.step, state.tensors(), state.about())
                 saved = time.perf_counter()
-            if interrupted: raise KeyboardInterrupt(f"stopped and saved at step {state.step:,} of {recipe.steps:,}; the same command goes on from there")
+            if stop: raise KeyboardInterrupt(f"stopped and saved at step {state.step:,} of {recipe.steps:,}; the same command or cell goes on from there")
