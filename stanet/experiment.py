@@ -132,7 +132,7 @@ def _fields(place: str, model, fields: dict, partial=False, place_of=None) -> tu
     lines = [f"{'.'.join([place, *map(str, e['loc'][:1])])}: {in_one_line(e['msg'])}{' ' + _found(e['input']) if e['loc'] else ''}" for e in errors]
     return None, lines, {e["loc"][0] for e in errors if e["loc"]}
 
-# %% ../nbs/14_experiment.ipynb #e59746c2
+# %% ../nbs/14_experiment.ipynb #dff1ff79
 _CIFAR = {s: {"train": (60 if "choice" in s else 80, 600), "test": (20, 600)} for s in ("cifar_easy", "cifar_moderate", "cifar_hard", "cifar_easy_choice", "cifar_moderate_choice", "cifar_hard_choice")}
 EXTENTS = {  # pack -> split -> part -> classes, images of the smallest class
     "omniglot": {"omniglot": {"train": (1200, 20), "test": (423, 20)}, "omniglot_choice": {"train": (1065, 20), "test": (135, 20)}},
@@ -162,7 +162,11 @@ def pack_outline(path) -> Pack:
 def extents(name: str, split: str) -> dict:  # part -> classes, images of the smallest class
     "How large the parts of a split are; those that can't be known without the pack are left out."
     if not pack_path(name).is_file(): return EXTENTS.get(name, {}).get(split, {})
-    pack = pack_outline(pack_path(name))
+    return dict(_extents(pack_path(name), pack_path(name).stat().st_mtime_ns, split))
+
+@functools.lru_cache
+def _extents(path, _, split):
+    pack = pack_outline(path)
     images = dict(zip(pack.classes, pack.labels.bincount(minlength=len(pack.classes)).tolist()))
     return {part: (len(classes), min(images[c] for c in classes)) for part in ("train", "val", "test") if (classes := getattr(make_split(split, pack), part))}
 
@@ -235,7 +239,7 @@ def _reports_fit(cells: dict, reports: list, runs) -> list:  # problems of repor
         if places.count((c.report, c.run)) > 1: found.append(f"cells.{name}.run: {c.run!r} stands in {c.report} more than once")
     return found
 
-# %% ../nbs/14_experiment.ipynb #9d759259
+# %% ../nbs/14_experiment.ipynb #ddec5b66
 def _resolved(key: str, fields: dict, recipes: dict, bad: set) -> tuple[Run | None, set, list]:  # the run as far as it is sound, its wrong fields, its problems
     recipe, place, found = fields.get("recipe"), f"runs.{key}", []
     if recipe not in recipes: found.append(f"{place}.recipe: there is no recipe {recipe!r}; there are {', '.join(recipes)}")
@@ -247,8 +251,8 @@ def _resolved(key: str, fields: dict, recipes: dict, bad: set) -> tuple[Run | No
     if recipe not in recipes: lines = [line for line in lines if line.split(":")[0] != place]  # fields that the recipe would have decided
     return run, wrong, found + lines
 
-def problems_of(raw) -> tuple[Params | None, list]:
-    "The validated parameters, and a line for every problem in them."
+def problems_of(raw, thorough: bool = True) -> tuple[Params | None, list]:
+    "The validated parameters, and a line for every problem in them; without `thorough`, runs are not tried against their data and networks."
     all_of, found = _sections(raw)
     recipes, sets, runs, cells, bad = all_of["recipes"], {}, {}, {}, set()
     for name, fields in recipes.items():
@@ -260,21 +264,21 @@ def problems_of(raw) -> tuple[Params | None, list]:
         found += lines + (_set_fits(name, sets[name]) if sets[name] else [])
     for key, fields in all_of["runs"].items():
         runs[key], wrong, lines = _resolved(key, fields, recipes, bad)
-        found += lines + (_run_fits(runs[key], sets, wrong) if runs[key] else [])
+        found += lines + (_run_fits(runs[key], sets, wrong) if runs[key] and thorough else [])
     for name, fields in all_of["cells"].items():
         cells[name], lines, _ = _fields(f"cells.{name}", Cell, fields)
         found += lines
     found += _reports_fit({n: c for n, c in cells.items() if c}, all_of["reports"], runs)
     return (None, list(dict.fromkeys(found))) if found else (Params(runs=runs, task_sets=sets, cells=cells, reports=all_of["reports"]), found)
 
-# %% ../nbs/14_experiment.ipynb #b554b37c
-def load_params(path=None) -> Params:
-    "The validated `params.yaml`; with problems, a `ValueError` that lists all of them."
+# %% ../nbs/14_experiment.ipynb #b88d4d1e
+def load_params(path=None, thorough: bool = True) -> Params:
+    "The validated `params.yaml`; with problems, a `ValueError` that lists all of them. `stanet check` and the pipeline's first stage are `thorough`, what follows them need not be."
     path = Path(path or root() / "params.yaml")
     if not path.is_file(): raise FileNotFoundError(f"{path}: no such file; `stanet` works in the project's folder")
     try: raw, found = read_yaml(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error: raw, found = None, [f"not a text: {in_one_line(error)}"]
-    params, more = problems_of(raw) if raw is not None or not found else (None, [])
+    params, more = problems_of(raw, thorough) if raw is not None or not found else (None, [])
     if found := found + more: raise ValueError(f"{path.name}: {len(found)} problem{'s' * (len(found) > 1)}\n" + "\n".join(f"  {p}" for p in found))
     return params
 
@@ -580,7 +584,7 @@ def check():
     params = load_params()
     print(f"params.yaml: {len(params.runs)} runs and {len(params.task_sets)} task sets are in order")
 
-# %% ../nbs/14_experiment.ipynb #a55ee1c2
+# %% ../nbs/14_experiment.ipynb #bbe81ab4
 @app.command()
 def fingerprints():
     "Write the fingerprints that the pipeline's stages depend on."
@@ -595,16 +599,16 @@ def glyphs():
 @app.command()
 def tasks(name: str):
     "Draw the test tasks NAME."
-    path, sets = root() / "tasks" / f"{name}.safetensors", load_params().task_sets
+    path, sets = root() / "tasks" / f"{name}.safetensors", load_params(thorough=False).task_sets
     if name not in sets: raise ValueError(f"no task set {name!r} in params.yaml; there are {', '.join(sets)}")
     pack = load_data(sets[name].pack)
     for old in (path, path.with_suffix(".sha256")): old.unlink(missing_ok=True)
     note_digest(path.with_suffix(".sha256"), tasks_digest(task_set(name, sets[name], pack)))
 
-# %% ../nbs/14_experiment.ipynb #f929f2a8
+# %% ../nbs/14_experiment.ipynb #def527ed
 def find_run(key: str) -> Run:
     "The run `key` of params.yaml."
-    runs = load_params().runs
+    runs = load_params(thorough=False).runs
     if key not in runs: raise ValueError(f"no run {key!r} in params.yaml; there are {', '.join(runs)}")
     return runs[key]
 
