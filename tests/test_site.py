@@ -69,7 +69,7 @@ def browser():
 
 def test_every_page_is_there(pages):
     expected = {"index.html", "notation.html", "ledger.html", "results/index.html", "reference/command.html", "reference/params.html"}
-    expected |= {re.sub(r"^\d+_", "", p.stem) + ".html" for p in (ROOT / "nbs").glob("*.ipynb")} | {f"tutorials/{p.stem}.html" for p in (ROOT / "nbs" / "tutorials").glob("*.ipynb")}
+    expected |= {re.sub(r"(^|/)\d+_", r"\1", p.relative_to(ROOT / "nbs").with_suffix(".html").as_posix()) for folder in ("nbs", "nbs/tutorials") for p in (ROOT / folder).glob("*.ipynb")}
     expected |= {f"results/{p.stem}.html" for p in (ROOT / "results").glob("*.ipynb")} | {f"runs/{p.parent.name}.html" for p in (ROOT / "runs").glob("*/card.json")}
     assert set(pages) == expected
 
