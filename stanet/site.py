@@ -288,7 +288,7 @@ def fields_of(model, without=()) -> str:
     default = lambda f: f"`{json.dumps(f['default'])}`" if "default" in f else "required"
     return rows_of(("field", "type", "default", "meaning"), ((f"`{n}`", type_of(f), default(f), f.get("description", "")) for n, f in schema["properties"].items() if n not in without))
 
-# %% ../nbs/16_site.ipynb #42cc6f64
+# %% ../nbs/16_site.ipynb #03080b65
 def params_page() -> list:  # cells
     "The reference of params.yaml."
     text = f"`params.yaml` describes every run of the project; `stanet check` reads it and lists every problem with its run and field. An entry of `runs` names its recipe and may override any field of it; all fields of a run are parameters of the training notebook.\n\n## `recipes`: how to train\n\n{fields_of(Recipe)}\n" \
@@ -299,6 +299,7 @@ def command_page() -> list:  # cells
     "The reference of the `stanet` command, as Typer prints it."
     command = typer.main.get_command(app)
     text = get_docs_for_click(obj=command, ctx=typer.Context(command), name="stanet").split("\n", 1)[1]
+    for short, whole in ((c.get_short_help_str(), c.help.split("\n\n")[0]) for g in (command, *command.commands.values()) for c in getattr(g, "commands", {}).values() if c.help): text = text.replace(f": {short}\n", f": {whole}\n")
     return [front("The stanet command", "What dvc.yaml calls, and what a user types for data."), mk_cell(text, "markdown")]
 
 # %% ../nbs/16_site.ipynb #0cdc8f04
