@@ -101,7 +101,7 @@ def picture(png: str, alt: str, scale: int = 1) -> str:  # base64 -> HTML
     width = Image.open(io.BytesIO(base64.b64decode(png))).width // scale
     return f'<img src="data:image/png;base64,{with_palette(png)}" alt="{html.escape(alt)}" width="{width}" class="img-fluid">'
 
-# %% ../nbs/16_site.ipynb #7f67e0fc
+# %% ../nbs/16_site.ipynb #63b4c7f7
 def describe_pictures(cells, scale: int = 1):
     "Replace the images of outputs by HTML with a text alternative; drop the outputs that only name an object beside them."
     title = text = ""
@@ -111,7 +111,8 @@ def describe_pictures(cells, scale: int = 1):
             text = plain(cell.source) or text
         for out in cell.get("outputs") or []:
             if png := out.get("data", {}).get("image/png"):
-                out["data"] = {"text/html": picture("".join(png).replace("\n", ""), f"{title}: {text}" if title else text, scale)}
+                own = re.search(r'^#\| fig-alt: "?(.+?)"?$', cell.source, re.M)
+                out["data"] = {"text/html": picture("".join(png).replace("\n", ""), own[1] if own else f"{title}: {text}" if title else text, scale)}
 
 # %% ../nbs/16_site.ipynb #b8317762
 def render_notebook(path: Path):  # -> the notebook of its page
@@ -242,7 +243,7 @@ def run_page(folder: Path, used_in: list) -> list:  # cells
     cells = [mk_cell("## Its notebook\n", "markdown"), *page_of(notebook, level=2)] if notebook.is_file() else []
     return [front(folder.name), mk_cell(card_tables(card, used_in), "markdown"), *cells]
 
-# %% ../nbs/16_site.ipynb #106ab5ea
+# %% ../nbs/16_site.ipynb #975530b0
 def overview(reports: dict, runs: list, used: dict) -> list:  # cells
     "The page of all results: what each report measured, and all runs with their figures."
     def report_row(stem, title):
@@ -252,7 +253,7 @@ def overview(reports: dict, runs: list, used: dict) -> list:  # cells
         c = json.loads((folder / "card.json").read_text()); m = c["metrics"]
         return f"[{m['key']}](/runs/{m['key']}.html)", f"{m['way']}-way {m['shot']}-shot", f"{m['accuracy']:.2f} ± {m['ci95']:.2f}", f"{m['parameters']:,}", f"{c['training_seconds'] / 60:.0f}", ", ".join(t for _, t in used.get(m["key"], []))
     text = "## Reports\n\nA cell of a table is measured when a run of this repository stands for it.\n\n" + rows_of(("report", "cells measured", "cells"), (report_row(*r) for r in reports.items()))
-    text += "\n## Runs\n\nAccuracy in percent on the run's fixed test tasks, with a 95 % interval over tasks. Each run's page has its card and its notebook.\n\n" + rows_of(("run", "tasks", "accuracy (%)", "weights", "training (min)", "stands in"), map(run_row, runs))
+    text += "\n## Runs\n\nAccuracy in percent on the run's fixed test tasks, with a 95 % interval over tasks. Each run's page has its card and its notebook.\n\n" + "::: {.printed}\n\n" + rows_of(("run", "tasks", "accuracy (%)", "weights", "training (min)", "stands in"), map(run_row, runs)) + "\n:::\n"
     return [front("All results", "What has been measured, and the run behind each figure."), mk_cell(text, "markdown")]
 
 # %% ../nbs/16_site.ipynb #ee5864a5
