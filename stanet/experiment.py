@@ -90,7 +90,7 @@ def read_yaml(text: str) -> tuple[object, list]:
         return yaml.load(text, _Loader), _twice(node)
     except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error: return None, [f"not readable as YAML: {in_one_line(error)}"]
 
-# %% ../nbs/14_experiment.ipynb #406e3d1d
+# %% ../nbs/14_experiment.ipynb #b3f2575e
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 SECTIONS = {"recipes": dict, "task_sets": dict, "networks": dict, "runs": dict, "cells": dict, "reports": list}
 
@@ -102,7 +102,7 @@ def _sections(raw) -> tuple[dict, list]:  # the sections with their sound entrie
     if not isinstance(raw, dict): return {s: kind() for s, kind in SECTIONS.items()}, [f"a mapping with the sections {', '.join(SECTIONS)} is expected {_found(raw)}"]
     found, good = [f"{s}: there is no such section; there are {', '.join(SECTIONS)}" for s in raw if s not in SECTIONS], {}
     for section, kind in SECTIONS.items():
-        entries = raw.get(section, {} if section == "networks" else None)
+        entries = raw.get(section, kind() if section in ("networks", "cells", "reports") else None)
         good[section] = kind()
         if not isinstance(entries, kind): found.append(f"{section}: a {'mapping' if kind is dict else 'list'} is expected {_found(entries)}"); continue
         for name in entries:
