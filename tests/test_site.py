@@ -62,9 +62,17 @@ def site(pages):
 
 @pytest.fixture(scope="module")
 def browser():
+    "Opens a page of a given width in light or dark."
     if CHROMIUM is None: pytest.skip("no Chromium here: install it (Debian: apt-get install chromium) to test the site")
     from playwright.sync_api import sync_playwright
-    with sync_playwright() as p: yield p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+    patience = 600_000  # milliseconds: a busy machine is slow, which is no fault of the site
+    with sync_playwright() as p:
+        chromium = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS, timeout=patience)
+        def new_page(width=1280, scheme="light"):
+            page = chromium.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme).new_page()
+            page.set_default_timeout(patience)
+            return page
+        yield new_page
 
 
 def test_every_page_is_there(pages):
@@ -107,8 +115,7 @@ def test_reference_comes_from_the_code(pages):
 
 @pytest.mark.parametrize("width, scheme", [(1280, "light"), (400, "dark")])
 def test_every_page_in_a_browser(pages, site, browser, width, scheme):
-    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
-    page, problems, now = context.new_page(), [], None
+    page, problems, now = browser(width, scheme), [], None
     page.on("console", lambda m: problems.append(f"{now}: {m.text}") if m.type in ("error", "warning") else None)
     page.on("pageerror", lambda e: problems.append(f"{now}: {e}"))
     page.on("request", lambda r: problems.append(f"{now}: asks for {r.url}") if not r.url.startswith((site, "data:")) else None)
@@ -119,13 +126,13 @@ def test_every_page_in_a_browser(pages, site, browser, width, scheme):
         problems += [f"{now}: wider than {width} px: {e}" for e in page.evaluate(WIDE)]
         problems += [f"{now}: an image is broken" for ok in page.eval_on_selector_all("main img", "all => all.map(i => i.complete && i.naturalWidth > 0)") if not ok]
     shade = page.evaluate("() => getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).map(Number)")
-    context.close()
+    page.close()
     assert not problems
     assert (max(shade) < 100) == (scheme == "dark")
 
 
 def test_formulas_are_set(site, browser):
-    page = browser.new_page()
+    page = browser()
     page.goto(site + "attention.html")
     assert page.locator("main .katex-display").count() >= 3 and page.locator("main .katex").count() > 20
     assert page.evaluate("() => document.fonts.check('16px KaTeX_Main')")
@@ -133,7 +140,7 @@ def test_formulas_are_set(site, browser):
 
 
 def test_search_finds_spatial_attention(site, browser):
-    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page = browser()
     page.goto(site)
     page.locator("input[type=search], .smalldocs-search input").first.fill("spatial attention")
     results = page.locator(".search-result")
@@ -145,7 +152,7 @@ def test_search_finds_spatial_attention(site, browser):
 
 
 def test_a_figure_leads_to_its_card(site, browser):
-    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page = browser()
     page.goto(site + "results/table4.html")
     page.locator("table.results a").first.click()
     page.wait_for_url("**/runs/*.html")
@@ -156,8 +163,7 @@ def test_a_figure_leads_to_its_card(site, browser):
 
 
 def test_light_and_dark_by_hand(site, browser):
-    page = browser.new_context(color_scheme="light").new_page()
-    page.set_viewport_size({"width": 1280, "height": 900})
+    page = browser(scheme="light")
     page.goto(site)
     theme = lambda: page.evaluate("() => [document.documentElement.getAttribute('data-bs-theme'), getComputedStyle(document.body).backgroundColor]")
     light = theme()
