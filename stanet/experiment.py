@@ -233,10 +233,13 @@ def _reports_fit(cells: dict, reports: list, runs) -> list:  # problems of repor
         if places.count((c.report, c.run)) > 1: found.append(f"cells.{name}.run: {c.run!r} stands in {c.report} more than once")
     return found
 
-# %% ../nbs/14_experiment.ipynb #b0258da4
+# %% ../nbs/14_experiment.ipynb #2e3730a2
+def _recipe_known(place: str, fields: dict, recipes: dict) -> list:
+    recipe = fields.get("recipe")
+    return [] if isinstance(recipe, str) and recipe in recipes else [f"{place}.recipe: there is no such recipe; there are {', '.join(recipes)} {_found(recipe)}"]
+
 def _resolved(key: str, fields: dict, recipes: dict, bad: set) -> tuple[Run | None, set, list]:  # the run as far as it is sound, its wrong fields, its problems
-    recipe, place, found = fields.get("recipe"), f"runs.{key}", []
-    if recipe not in recipes: found.append(f"{place}.recipe: there is no recipe {recipe!r}; there are {', '.join(recipes)}")
+    recipe, place, found = fields.get("recipe") if isinstance(fields.get("recipe"), str) else None, f"runs.{key}", _recipe_known(f"runs.{key}", fields, recipes)
     if "key" in fields: found.append(f"{place}.key: the name of a run is where it stands {_found(fields['key'])}")
     given = {k: v for k, v in fields.items() if k not in ("recipe", "key")}
     merged = {k: v for k, v in recipes.get(recipe, {}).items() if (recipe, k) not in bad} | given | {"key": key}
@@ -252,7 +255,9 @@ def problems_of(raw) -> tuple[Params | None, list]:
     for name, fields in recipes.items():
         _, lines, wrong = _fields(f"recipes.{name}", Recipe, fields, partial=True)
         found += lines; bad |= {(name, field) for field in wrong}
-    for name, fields in all_of["networks"].items(): found += _fields(f"networks.{name}", Run, {k: v for k, v in fields.items() if k != "recipe"}, partial=True)[1]
+    for name, fields in all_of["networks"].items():
+        found += _fields(f"networks.{name}", Run, {k: v for k, v in fields.items() if k != "recipe"}, partial=True)[1]
+        if "recipe" in fields: found += _recipe_known(f"networks.{name}", fields, recipes)
     for name, fields in all_of["task_sets"].items():
         sets[name], lines, _ = _fields(f"task_sets.{name}", TaskSet, fields)
         found += lines + (_set_fits(name, sets[name]) if sets[name] else [])
