@@ -130,7 +130,7 @@ def _fields(place: str, model, fields: dict, partial=False, place_of=None) -> tu
     lines = [f"{'.'.join([place, *map(str, e['loc'][:1])])}: {in_one_line(e['msg'])}{' ' + _found(e['input']) if e['loc'] else ''}" for e in errors]
     return None, lines, {e["loc"][0] for e in errors if e["loc"]}
 
-# %% ../nbs/14_experiment.ipynb #e59746c2
+# %% ../nbs/14_experiment.ipynb #28caa3d6
 _CIFAR = {s: {"train": (60 if "choice" in s else 80, 600), "test": (20, 600)} for s in ("cifar_easy", "cifar_moderate", "cifar_hard", "cifar_easy_choice", "cifar_moderate_choice", "cifar_hard_choice")}
 EXTENTS = {  # pack -> split -> part -> classes, images of the smallest class
     "omniglot": {"omniglot": {"train": (1200, 20), "test": (423, 20)}, "omniglot_choice": {"train": (1065, 20), "test": (135, 20)}},
@@ -159,7 +159,7 @@ def pack_outline(path) -> Pack:
 
 def extents(name: str, split: str) -> dict:  # part -> classes, images of the smallest class
     "How large the parts of a split are; those that can't be known without the pack are left out."
-    if not pack_path(name).is_file(): return EXTENTS.get(name, {}).get(split, {})
+    if not pack_path(name).is_file(): return dict(EXTENTS.get(name, {}).get(split, {}))
     pack = pack_outline(pack_path(name))
     images = dict(zip(pack.classes, pack.labels.bincount(minlength=len(pack.classes)).tolist()))
     return {part: (len(classes), min(images[c] for c in classes)) for part in ("train", "val", "test") if (classes := getattr(make_split(split, pack), part))}
