@@ -6,7 +6,7 @@ RAW    ?=
 export DVC_NO_ANALYTICS := 1
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: quickstart test docs lab data env lock
+.PHONY: quickstart test docs faults lab data env lock
 quickstart: env            ## the whole pipeline on the embedded data set, under 6 minutes on two cores
 	$(BIN)/dvc repro report@quickstart
 	@cat results/quickstart.md; echo; echo "results/quickstart.ipynb shows the comparison, the curves and what attention looked at"
@@ -16,6 +16,9 @@ test: env                  ## every notebook's checks and all of tests/
 
 docs: env                  ## the site, in _docs/
 	$(BIN)/python -m stanet.site
+
+faults: env                ## kill small runs and change files in thousands of ways; the counts go to results/faults.json
+	$(BIN)/python tests/faults.py
 
 lab: env                   ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab nbs

@@ -132,7 +132,7 @@ def _fields(place: str, model, fields: dict, partial=False, place_of=None) -> tu
     lines = [f"{'.'.join([place, *map(str, e['loc'][:1])])}: {in_one_line(e['msg'])}{' ' + _found(e['input']) if e['loc'] else ''}" for e in errors]
     return None, lines, {e["loc"][0] for e in errors if e["loc"]}
 
-# %% ../nbs/14_experiment.ipynb #dff1ff79
+# %% ../nbs/14_experiment.ipynb #4bdf8fba
 _CIFAR = {s: {"train": (60 if "choice" in s else 80, 600), "test": (20, 600)} for s in ("cifar_easy", "cifar_moderate", "cifar_hard", "cifar_easy_choice", "cifar_moderate_choice", "cifar_hard_choice")}
 EXTENTS = {  # pack -> split -> part -> classes, images of the smallest class
     "omniglot": {"omniglot": {"train": (1200, 20), "test": (423, 20)}, "omniglot_choice": {"train": (1065, 20), "test": (135, 20)}},
@@ -161,7 +161,7 @@ def pack_outline(path) -> Pack:
 
 def extents(name: str, split: str) -> dict:  # part -> classes, images of the smallest class
     "How large the parts of a split are; those that can't be known without the pack are left out."
-    if not pack_path(name).is_file(): return EXTENTS.get(name, {}).get(split, {})
+    if not pack_path(name).is_file(): return dict(EXTENTS.get(name, {}).get(split, {}))
     return dict(_extents(pack_path(name), pack_path(name).stat().st_mtime_ns, split))
 
 @functools.lru_cache
@@ -239,10 +239,13 @@ def _reports_fit(cells: dict, reports: list, runs) -> list:  # problems of repor
         if places.count((c.report, c.run)) > 1: found.append(f"cells.{name}.run: {c.run!r} stands in {c.report} more than once")
     return found
 
-# %% ../nbs/14_experiment.ipynb #ddec5b66
+# %% ../nbs/14_experiment.ipynb #661d5ad7
+def _recipe_known(place: str, fields: dict, recipes: dict) -> list:
+    recipe = fields.get("recipe")
+    return [] if isinstance(recipe, str) and recipe in recipes else [f"{place}.recipe: there is no such recipe; there are {', '.join(recipes)} {_found(recipe)}"]
+
 def _resolved(key: str, fields: dict, recipes: dict, bad: set) -> tuple[Run | None, set, list]:  # the run as far as it is sound, its wrong fields, its problems
-    recipe, place, found = fields.get("recipe"), f"runs.{key}", []
-    if recipe not in recipes: found.append(f"{place}.recipe: there is no recipe {recipe!r}; there are {', '.join(recipes)}")
+    recipe, place, found = fields.get("recipe") if isinstance(fields.get("recipe"), str) else None, f"runs.{key}", _recipe_known(f"runs.{key}", fields, recipes)
     if "key" in fields: found.append(f"{place}.key: the name of a run is where it stands {_found(fields['key'])}")
     given = {k: v for k, v in fields.items() if k not in ("recipe", "key")}
     merged = {k: v for k, v in recipes.get(recipe, {}).items() if (recipe, k) not in bad} | given | {"key": key, "recipe": recipe if isinstance(recipe, str) else ""}
@@ -258,7 +261,9 @@ def problems_of(raw, thorough: bool = True) -> tuple[Params | None, list]:
     for name, fields in recipes.items():
         _, lines, wrong = _fields(f"recipes.{name}", Recipe, fields, partial=True)
         found += lines; bad |= {(name, field) for field in wrong}
-    for name, fields in all_of["networks"].items(): found += _fields(f"networks.{name}", Run, {k: v for k, v in fields.items() if k != "recipe"}, partial=True)[1]
+    for name, fields in all_of["networks"].items():
+        found += _fields(f"networks.{name}", Run, {k: v for k, v in fields.items() if k != "recipe"}, partial=True)[1]
+        if "recipe" in fields: found += _recipe_known(f"networks.{name}", fields, recipes)
     for name, fields in all_of["task_sets"].items():
         sets[name], lines, _ = _fields(f"task_sets.{name}", TaskSet, fields)
         found += lines + (_set_fits(name, sets[name]) if sets[name] else [])
