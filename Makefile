@@ -6,13 +6,19 @@ RAW    ?=
 export DVC_NO_ANALYTICS := 1
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: quickstart test lab data env lock
+.PHONY: quickstart test docs faults lab data env lock
 quickstart: env            ## the whole pipeline on the embedded data set, under 6 minutes on two cores
 	$(BIN)/dvc repro report@quickstart
 	@cat results/quickstart.md; echo; echo "results/quickstart.ipynb shows the comparison, the curves and what attention looked at"
 
 test: env                  ## every notebook's checks and all of tests/
 	$(BIN)/python -m pytest
+
+docs: env                  ## the site, in _docs/
+	$(BIN)/python -m stanet.site
+
+faults: env                ## kill small runs and change files in thousands of ways; the counts go to results/faults.json
+	$(BIN)/python tests/faults.py
 
 lab: env                   ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab nbs

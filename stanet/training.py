@@ -8,7 +8,7 @@ __all__ = ['Share', 'Count', 'Recipe', 'learning_rate', 'multiplies_bf16', 'mixe
            'describe_device', 'devices_together', 'noted_interrupt', 'mean_of_all', 'pressed_in_any', 'check_agreement',
            'ready', 'train', 'run_steps']
 
-# %% ../nbs/10_training.ipynb #7bbbc907
+# %% ../nbs/10_training.ipynb #ad1ae7bd
 import copy, hashlib, json, math, platform, re, signal, sys, threading, time, warnings
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
@@ -24,7 +24,7 @@ from safetensors.torch import load, save
 from tqdm import tqdm
 from .episodes import Episodes, augment, gather
 from .losses import full_loss, semantic_loss, task_loss
-from .packs import atomic, writing
+from .packs import atomic, sweep, writing
 
 # %% ../nbs/10_training.ipynb #18124e23
 Share, Count = Annotated[float, Field(ge=0)], Annotated[int, Field(gt=0)]
@@ -112,15 +112,17 @@ class Checkpoints:
 
     def _files(self): return sorted(p for p in self.folder.glob("step-*.safetensors") if re.fullmatch(r"step-\d{8,}-[0-9a-f]{16}", p.stem))
 
-# %% ../nbs/10_training.ipynb #a3cd6365
+# %% ../nbs/10_training.ipynb #02db435f
 @contextmanager
 def alone(folder, wait: float = 3.0):
-    "Hold `folder` for this process; if another one does for longer than `wait` seconds, a `BlockingIOError` says so."
+    "Hold `folder` for this process, without what killed ones left in it; if another one holds it for longer than `wait` seconds, a `BlockingIOError` says so."
     lock = FileLock(Path(folder) / ".lock")
     with writing(lock.lock_file): Path(folder).mkdir(parents=True, exist_ok=True)
     try: lock.acquire(timeout=wait)
     except Timeout: raise BlockingIOError(f"another process is at work on {Path(folder).name}; wait until it has ended, or stop it") from None
-    try: yield
+    try:
+        sweep(folder)
+        yield
     finally: lock.release()
 
 # %% ../nbs/10_training.ipynb #129a21d5

@@ -1,7 +1,7 @@
 "The real pipeline on the embedded data set, made small: what runs again, what doesn't, and whether a result repeats itself."
 import json, re, shutil
-import pytest, yaml
-from conftest import clone, edit_params, run
+import nbformat, pytest, yaml
+from conftest import ROOT, clone, edit_params, run
 
 RUNS = ["glyphs-5w1s-stanet3", "glyphs-5w1s-stanet3-nosemantic", "glyphs-5w1s-stanet3-uniform"]
 
@@ -85,3 +85,23 @@ def test_wrong_parameter_stops_before_training(project):
     edit_params(project, lambda p: p["runs"][RUNS[0]].update(layer=3))
     done = run("dvc", "repro", "report@quickstart", cwd=project, check=False)
     assert done.returncode and f"runs.{RUNS[0]}.layer" in done.stdout + done.stderr and "train@" not in done.stdout
+
+
+def test_tutorial_adds_an_attention_variant(pipeline):
+    folder, _ = pipeline
+    text = "\n".join(c.source for c in nbformat.read(ROOT / "nbs" / "tutorials" / "3_new_attention.ipynb", 4).cells if c.cell_type == "markdown")
+    variant, check, additions, row = (re.findall(rf"```{kind}\n(.*?)```", text, re.DOTALL)[n] for kind, n in (("python", 0), ("python", 1), ("yaml", 0), ("csv", 0)))
+    path = folder / "nbs" / "07_attention.ipynb"
+    nb = nbformat.read(path, 4)
+    nb.cells += [nbformat.v4.new_code_cell(variant), nbformat.v4.new_code_cell(check)]
+    nbformat.write(nb, path)
+    run("nbdev_export", cwd=folder)
+    run("nbdev_test", "--path", path, "--n_workers", "0", cwd=folder)
+    known = yaml.safe_load((folder / "params.yaml").read_text())
+    added = yaml.safe_load(f"networks: {{glyphs: &glyphs {json.dumps(known['networks']['glyphs'])}}}\n{additions}")
+    edit_params(folder, lambda p: [p[kind].update(added[kind]) for kind in ("runs", "cells")])
+    with open(folder / "nbs" / "results" / "paper.csv", "a") as f: f.write(row)
+    run("stanet", "check", cwd=folder)
+    (key,), (cell,) = added["runs"], added["cells"]
+    assert repro(folder) == ["fingerprints", f"train@{key}", f"cell@{cell}", "report@quickstart"]
+    assert len(re.findall(r"sharp attention.*\d\d\.\d\d ± ", (folder / "results" / "quickstart.md").read_text())) == 1

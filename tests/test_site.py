@@ -1,0 +1,175 @@
+"The site as a reader meets it: built without network, opened in a real browser at the width of a screen and of a phone."
+import functools, http.server, json, re, shutil, sys, threading
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urldefrag, urljoin, urlsplit
+import pandas as pd
+import pytest
+from conftest import ROOT, run
+
+DOCS = ROOT / "_docs"
+WRITTEN = ("sidebar.yml", "nbdev.yml")  # kept in git for those who have Quarto, and written by the build
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))), None)
+FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+WIDE = """() => {  // elements that reach beyond the window and can't be scrolled to
+    const width = document.documentElement.clientWidth, scrolls = e => /auto|scroll/.test(getComputedStyle(e).overflowX) && e.getBoundingClientRect().right <= width + 1;
+    const within = e => { for (let p = e; p; p = p.parentElement) if (scrolls(p) || p.matches('.katex-mathml, .visually-hidden')) return true; return false; };
+    const beyond = [...document.querySelectorAll('body *')].filter(e => { const r = e.getBoundingClientRect(); return r.width && r.height && r.right > width + 1 && !e.closest('svg') && !within(e); });
+    return beyond.slice(0, 3).map(e => e.tagName + '.' + e.className + ': ' + e.textContent.trim().slice(0, 40)).concat(document.documentElement.scrollWidth > width ? ['the page itself'] : []);
+}"""
+TEXT = """() => {  // what a reader sees, without code and without what KaTeX has set
+    const copy = document.querySelector('main').cloneNode(true);
+    copy.querySelectorAll('pre, code, script, style, .katex').forEach(e => e.remove());
+    return copy.textContent;
+}"""
+
+
+class Links(HTMLParser):
+    "Links, anchors, images and loaded files of a page."
+    def __init__(self, text):
+        super().__init__()
+        self.links, self.ids, self.images, self.loads = [], set(), [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        a = dict(attributes)
+        if "id" in a: self.ids.add(a["id"])
+        if tag == "a" and a.get("href"): self.links.append(a["href"])
+        if tag == "img": self.images.append(a)
+        if tag == "link" and a.get("rel") in ("stylesheet", "icon"): self.loads.append(a["href"])
+        if tag in ("script", "img") and a.get("src"): self.loads.append(a["src"])
+
+
+@pytest.fixture(scope="module")
+def pages():
+    "The built site: name of each page -> what it links to, loads and shows."
+    before = [(ROOT / "nbs" / n).read_text() for n in WRITTEN]
+    run(sys.executable, "-m", "stanet.site", cwd=ROOT)
+    assert [(ROOT / "nbs" / n).read_text() for n in WRITTEN] == before, f"the site's build wrote {' or '.join(WRITTEN)} anew: commit it"
+    return {p.relative_to(DOCS).as_posix(): Links(p.read_text()) for p in sorted(DOCS.rglob("*.html"))}
+
+
+@pytest.fixture(scope="module")
+def site(pages):
+    "The address of a server of the built site."
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_): pass
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=DOCS))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/"
+    server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    "Opens a page of a given width in light or dark."
+    if CHROMIUM is None: pytest.skip("no Chromium here: install it (Debian: apt-get install chromium) to test the site")
+    from playwright.sync_api import sync_playwright
+    patience = 600_000  # milliseconds: a busy machine is slow, which is no fault of the site
+    with sync_playwright() as p:
+        chromium = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS, timeout=patience)
+        def new_page(width=1280, scheme="light"):
+            page = chromium.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme).new_page()
+            page.set_default_timeout(patience)
+            return page
+        yield new_page
+
+
+def test_every_page_is_there(pages):
+    expected = {"index.html", "notation.html", "ledger.html", "results/index.html", "reference/command.html", "reference/params.html"}
+    expected |= {re.sub(r"(^|/)\d+_", r"\1", p.relative_to(ROOT / "nbs").with_suffix(".html").as_posix()) for folder in ("nbs", "nbs/tutorials") for p in (ROOT / folder).glob("*.ipynb")}
+    expected |= {f"results/{p.stem}.html" for p in (ROOT / "results").glob("*.ipynb")} | {f"runs/{p.parent.name}.html" for p in (ROOT / "runs").glob("*/card.json")}
+    assert set(pages) == expected
+
+
+def test_links_lead_somewhere(pages):
+    wrong = []
+    for name, page in pages.items():
+        for link in page.links + page.loads:
+            if urlsplit(link).scheme: continue
+            target, anchor = urldefrag(urljoin(f"/{name}", link))
+            target = unquote(target).lstrip("/")
+            target += "index.html" if target == "" or target.endswith("/") else ""
+            if not (DOCS / target).is_file() or anchor and target in pages and unquote(anchor) not in pages[target].ids: wrong.append(f"{name}: {link}")
+    assert not wrong
+
+
+def test_pages_stand_alone(pages):
+    assert [(n, f) for n, p in pages.items() for f in p.loads if urlsplit(f).scheme not in ("", "data")] == []
+    assert [(n, i.get("src", "")[:60]) for n, p in pages.items() for i in p.images if not i.get("alt", "").strip()] == []
+    assert [n for n in pages if (DOCS / n).stat().st_size > 1_500_000] == []
+
+
+def test_every_run_of_a_table_is_one_click_away(pages):
+    for path in (ROOT / "results").glob("*.csv"):
+        keys = pd.read_csv(path).query("status == 'measured'").run
+        assert {f"../runs/{k}.html" for k in keys} <= set(pages[f"results/{path.stem}.html"].links)
+
+
+def test_reference_comes_from_the_code(pages):
+    from stanet.experiment import Run, app
+    params, command = ((DOCS / "reference" / f"{n}.html").read_text() for n in ("params", "command"))
+    assert [f for f in Run.model_fields if f"<code>{f}</code>" not in params] == []
+    assert [c.name or c.callback.__name__ for c in app.registered_commands if f"stanet {c.name or c.callback.__name__}" not in command] == []
+
+
+@pytest.mark.parametrize("width, scheme", [(1280, "light"), (400, "dark")])
+def test_every_page_in_a_browser(pages, site, browser, width, scheme):
+    page, problems, now = browser(width, scheme), [], None
+    page.on("console", lambda m: problems.append(f"{now}: {m.text}") if m.type in ("error", "warning") else None)
+    page.on("pageerror", lambda e: problems.append(f"{now}: {e}"))
+    page.on("request", lambda r: problems.append(f"{now}: asks for {r.url}") if not r.url.startswith((site, "data:")) else None)
+    for now in pages:
+        page.goto(site + now)
+        problems += [f"{now}: {r} is not rendered" for r in re.findall(r".{0,30}(?:\$|\\\(|\\\[).{0,30}", page.evaluate(TEXT))]
+        problems += [f"{now}: {t}" for t in page.eval_on_selector_all(".katex-error", "all => all.map(e => e.title)")]
+        problems += [f"{now}: wider than {width} px: {e}" for e in page.evaluate(WIDE)]
+        problems += [f"{now}: an image is broken" for ok in page.eval_on_selector_all("main img", "all => all.map(i => i.complete && i.naturalWidth > 0)") if not ok]
+    shade = page.evaluate("() => getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).map(Number)")
+    page.close()
+    assert not problems
+    assert (max(shade) < 100) == (scheme == "dark")
+
+
+def test_formulas_are_set(site, browser):
+    page = browser()
+    page.goto(site + "attention.html")
+    assert page.locator("main .katex-display").count() >= 3 and page.locator("main .katex").count() > 20
+    assert page.evaluate("() => document.fonts.check('16px KaTeX_Main')")
+    page.close()
+
+
+def test_search_finds_spatial_attention(site, browser):
+    page = browser()
+    page.goto(site)
+    page.locator("input[type=search], .smalldocs-search input").first.fill("spatial attention")
+    results = page.locator(".search-result")
+    results.first.wait_for()
+    assert "attention.html" in results.first.get_attribute("href"), results.all_inner_texts()[:3]
+    results.first.click()
+    page.wait_for_url("**/attention.html*")
+    page.close()
+
+
+def test_a_figure_leads_to_its_card(site, browser):
+    page = browser()
+    page.goto(site + "results/table4.html")
+    page.locator("table.results a").first.click()
+    page.wait_for_url("**/runs/*.html")
+    metrics = json.loads((ROOT / "runs" / Path(urlsplit(page.url).path).stem / "metrics.json").read_text())
+    text = page.locator("main").inner_text()
+    assert f"{metrics['accuracy']:.2f} ± {metrics['ci95']:.2f} %" in text and "Time, device and versions" in text and "Its notebook" in text
+    page.close()
+
+
+def test_light_and_dark_by_hand(site, browser):
+    page = browser(scheme="light")
+    page.goto(site)
+    theme = lambda: page.evaluate("() => [document.documentElement.getAttribute('data-bs-theme'), getComputedStyle(document.body).backgroundColor]")
+    light = theme()
+    page.evaluate("() => window.smalldocsToggleScheme()")
+    page.wait_for_function("() => document.documentElement.getAttribute('data-bs-theme') === 'dark'")
+    dark = theme()
+    page.goto(site + "ledger.html")
+    assert theme() == dark and dark[1] != light[1]
+    page.close()
