@@ -8,6 +8,7 @@ from conftest import edit_params, run
     (["data", "download", "mini"], "put them in one folder, then `stanet data import mini FOLDER`"),
     (["report", "table9"], "no report 'table9'; there are "),
     (["train", "mini"], "no run 'mini' in params.yaml; there are "),
+    (["tasks", "omniglot-9w9s"], "no task set 'omniglot-9w9s' in params.yaml; there are "),
     (["tasks", "omniglot-5w1s"], "no such pack; `stanet data import omniglot FOLDER` or `stanet data download omniglot` makes it"),
     (["fit", "omniglot-5w1s-stanet1"], "no such pack; `stanet data import omniglot FOLDER` or `stanet data download omniglot` makes it"),
 ], ids=lambda v: "-".join(v) if isinstance(v, list) else "")
@@ -24,5 +25,5 @@ def test_all_problems_of_params_at_once(project):
         p["runs"]["glyphs-5w1s-stanet3"].update(layer=3)
     edit_params(project, spoil)
     done = run("stanet", "check", cwd=project, check=False)
-    assert done.returncode == 1 and "params.yaml: 3 problems" in done.stderr
-    for field in ("omniglot-5w1s-stanet1.lr", "omniglot-5w1s-stanet3.recipe", "glyphs-5w1s-stanet3.layer"): assert f"runs.{field}" in done.stderr
+    assert done.returncode == 1 and "params.yaml: 5 problems" in done.stderr
+    for field in ("omniglot-5w1s-stanet1.shot", "omniglot-5w1s-stanet1.lr", "omniglot-5w1s-stanet3.attention", "omniglot-5w1s-stanet3.recipe", "glyphs-5w1s-stanet3.layer"): assert f"runs.{field}" in done.stderr

@@ -321,8 +321,9 @@ def test_one_waits_or_refuses_and_interrupt_saves(pipeline):
         assert third.returncode == 1 and third.stderr.splitlines()[-1] == f"stanet: another process is at work on {KEY}-train; wait until it has ended, or stop it" and "Traceback" not in third.stderr
         fourth = run("stanet", "fit", KEY, cwd=pipeline, check=False)
         assert fourth.returncode == 1 and re.fullmatch(rf"stanet: another process is at work on {KEY}-[0-9a-f]+; .*", fourth.stderr.splitlines()[-1])
-        run("stanet", "report", "quickstart", cwd=pipeline)  # a table renders beside a training
-        assert "not run" in (pipeline / "results" / "quickstart.md").read_text() and first.poll() is None
+        before = (pipeline / "results" / "table4.csv").read_text()
+        run("stanet", "report", "table4", cwd=pipeline)  # a table renders beside a training
+        assert (pipeline / "results" / "table4.csv").read_text() == before and first.poll() is None
     finally: os.killpg(first.pid, signal.SIGINT)
     said = first.communicate(timeout=300)[0]
     assert re.search(r"^stanet: stopped and saved at step [\d,]+ of 100,000; the same command or cell goes on from there$", said, re.M) and "Traceback" not in said and "exited with 130" in said
@@ -331,16 +332,20 @@ def test_one_waits_or_refuses_and_interrupt_saves(pipeline):
 
 
 def test_interrupted_fit_goes_on(pipeline):
-    before = [training.Checkpoints(f).latest() for f in (pipeline / "scratch").glob(f"{KEY}-*")]
-    process = started(pipeline, "stanet", "fit", KEY)
-    for lock in (pipeline / "scratch").glob(f"{KEY}-*/.lock"): lock.unlink(missing_ok=True)
-    wait_for(process, training_begun(pipeline))
-    time.sleep(3)
-    process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=300)[0]
-    assert process.returncode == 130 and re.fullmatch(r"stanet: stopped and saved at step [\d,]+ of 100,000; the same command or cell goes on from there", said.strip().splitlines()[-1])
-    after, = [training.Checkpoints(f).latest() for f in (pipeline / "scratch").glob(f"{KEY}-*")]
-    assert after[1]["step"] > max([b[1]["step"] for b in before if b], default=0)
+    edit_params(pipeline, lambda p: p["recipes"]["quick"].update(steps=4000))
+    states = lambda: {f: latest[1]["step"] for f in (pipeline / "scratch").glob(f"{KEY}-*") if (latest := training.Checkpoints(f).latest())}
+    before, seen = states(), []
+    for _ in range(2):
+        process = started(pipeline, "stanet", "fit", KEY)
+        for line in process.stdout:  # training has begun, and in the second round gone on
+            if line.startswith("step "): break
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=300)[0]
+        stopped = re.fullmatch(r"stanet: stopped and saved at step ([\d,]+) of 4,000; the same command or cell goes on from there", said.strip().splitlines()[-1])
+        assert process.returncode == 130 and stopped
+        seen.append(int(stopped[1].replace(",", "")))
+        assert [step for f, step in states().items() if f not in before] == seen[-1:]  # a run of other length has another state
+    assert 400 <= seen[0] < seen[1]
 
 
 def test_interrupted_cell_of_a_notebook(tmp_path):
@@ -354,15 +359,19 @@ def test_interrupted_cell_of_a_notebook(tmp_path):
             if got["parent_header"].get("msg_id") != message: continue
             if got["msg_type"] == "stream": said.append(got["content"]["text"])
             if got["msg_type"] == "error": said.append(f"{got['content']['ename']}: {got['content']['evalue']}")
+            if press is None and got["msg_type"] == "execute_input": time.sleep(3); manager.interrupt_kernel()
             if press and "begun" in "".join(said): manager.interrupt_kernel(); press = False
             if got["msg_type"] == "status" and got["content"]["execution_state"] == "idle": return "".join(said)
     try:
-        long = f"import test_faults as t; print('begun', flush=True); r = t.toy_run({str(tmp_path)!r}, save_seconds=1e9, steps=%s)"
-        said = cell(long % "10_000_000", press=True)
+        cell("import test_faults as t; usual = t.training.State.advance")
+        cell("def advance(state, values):\n    usual(state, values)\n    if state.step == 3: print('begun', flush=True)\nt.training.State.advance = advance")
+        long = f"r = t.toy_run({str(tmp_path)!r}, save_seconds=1e9, steps=%s)"
+        said = cell(long % 10_000_000, press=True)
         stopped = re.search(r"KeyboardInterrupt: stopped and saved at step ([\d,]+) of 10,000,000; the same command or cell goes on from there", said)
         step = training.Checkpoints(tmp_path).latest()[1]["step"]
-        assert stopped and int(stopped[1].replace(",", "")) == step
-        assert "len 1" in cell(long.replace("10_000_000", "x") % (step + 1) + "; print('len', len(r[1]) - len(t.training.Checkpoints(" + repr(str(tmp_path)) + ").latest()[1]['history']) + 1)")
+        assert stopped and int(stopped[1].replace(",", "")) == step >= 3
+        said = cell(long.replace("steps=%s", f"steps={10_000_000}") + "  # the same cell", press=None)
+        assert "begun" not in said and int(re.search(r"saved at step ([\d,]+)", said)[1].replace(",", "")) > step
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)
