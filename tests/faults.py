@@ -36,6 +36,7 @@ def make_project(folder: Path):
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     small(params)
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    shutil.copytree(ROOT / "packs", folder / "packs", ignore=shutil.ignore_patterns("glyphs*"))
     packs.save_pack(glyphs(classes=40, per_class=8), folder / "packs" / "glyphs.safetensors")
 
 

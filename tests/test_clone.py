@@ -46,7 +46,7 @@ def drawing(shape, dx=0, dy=0):
     return picture
 
 
-@pytest.mark.parametrize("key", [k for k in PAPER_RUNS if "-5w1s-" in k])
+@pytest.mark.parametrize("key", [k for k in PAPER_RUNS if k.startswith("omniglot-5w1s-")])
 def test_trained_network_classifies_drawings(key):
     shapes = ["ring", "cross", "corner", "bars", "tree"]
     net = STANet.from_pretrained(key)

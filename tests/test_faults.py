@@ -113,7 +113,6 @@ def run_of(params): return params["runs"]["omniglot-5w1s-stanet1"]
     (lambda p: p["networks"]["glyphs"].update(depth=3), "networks.glyphs.depth: Extra inputs are not permitted"),
     (lambda p: p.update(runs=[]), "runs: a mapping is expected (found [])"),
     (lambda p: p.update(figures=[]), "figures: there is no such section"),
-    (lambda p: p.pop("cells"), "cells: a mapping is expected (found None)"),
     (lambda p: p["runs"].update({"a b; rm": {}}), "runs.a b; rm: a name is of small letters"),
     (lambda p: run_of(p).update(key="other"), "runs.omniglot-5w1s-stanet1.key: the name of a run is where it stands"),
     (lambda p: run_of(p).update(steps=True, lr=float("inf")), "runs.omniglot-5w1s-stanet1.steps: Input should be a valid integer (found True)"),
@@ -320,20 +319,20 @@ def test_one_waits_or_refuses_and_interrupt_saves(pipeline):
         third = run("stanet", "train", KEY, cwd=pipeline, check=False)
         assert third.returncode == 1 and third.stderr.splitlines()[-1] == f"stanet: another process is at work on {KEY}-train; wait until it has ended, or stop it" and "Traceback" not in third.stderr
         fourth = run("stanet", "fit", KEY, cwd=pipeline, check=False)
-        assert fourth.returncode == 1 and re.fullmatch(rf"stanet: another process is at work on {KEY}-[0-9a-f]+; .*", fourth.stderr.splitlines()[-1])
+        assert fourth.returncode == 1 and re.fullmatch(rf"stanet: another process is at work on glyphs-3-[0-9a-f]+; .*", fourth.stderr.splitlines()[-1])
         before = (pipeline / "results" / "table4.csv").read_text()
         run("stanet", "report", "table4", cwd=pipeline)  # a table renders beside a training
         assert (pipeline / "results" / "table4.csv").read_text() == before and first.poll() is None
     finally: os.killpg(first.pid, signal.SIGINT)
     said = first.communicate(timeout=300)[0]
     assert re.search(r"^stanet: stopped and saved at step [\d,]+ of 100,000; the same command or cell goes on from there$", said, re.M) and "Traceback" not in said and "exited with 130" in said
-    state, = (pipeline / "scratch").glob(f"{KEY}-*")
+    state, = (pipeline / "scratch").glob("glyphs-3-*")
     assert training.Checkpoints(state).latest()[1]["step"] > 0 and not list(pipeline.rglob("*.partial"))
 
 
 def test_interrupted_fit_goes_on(pipeline):
     edit_params(pipeline, lambda p: p["recipes"]["quick"].update(steps=4000))
-    states = lambda: {f: latest[1]["step"] for f in (pipeline / "scratch").glob(f"{KEY}-*") if (latest := training.Checkpoints(f).latest())}
+    states = lambda: {f: latest[1]["step"] for f in (pipeline / "scratch").glob("glyphs-3-*") if (latest := training.Checkpoints(f).latest())}
     before, seen = states(), []
     for _ in range(2):
         process = started(pipeline, "stanet", "fit", KEY)
