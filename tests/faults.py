@@ -124,7 +124,7 @@ def results(folder): return {f: (folder / "runs" / KEY / f).read_bytes() if (fol
 
 
 def left_over(folder):  # files that no run that was left alone has
-    return [str(p.relative_to(folder)) for p in folder.rglob("*") if p.name.endswith(".partial") or p.name.startswith(".tmp")] + [p.name for p in (folder / "runs" / KEY).iterdir() if p.name not in FILES]
+    return [str(p.relative_to(folder)) for p in folder.rglob("*") if p.name.endswith(".partial") or p.name.startswith(".tmp")] + [p.name for p in (folder / "runs" / KEY).iterdir() if p.name not in (*FILES, "train.ipynb")]
 
 
 class Count(dict):
