@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-# %% ../nbs/07_attention.ipynb #728c6f79
+# %% ../nbs/07_attention.ipynb #b7899c9d
 class SpatialAttention(nn.Module):
     "Attention over the sites of each image, given a test representation (eq. 3 and 4)."
     def __init__(self, n_ch: int, d_h: int, d_k: int, **_):
@@ -18,8 +18,8 @@ class SpatialAttention(nn.Module):
         self.W_q, self.W_K = nn.Linear(d_h, d_k, bias=False), nn.Linear(n_ch, d_k, bias=False)
 
     def forward(self, h_ts, C):  # (B, Q, d_h), (B, S, n_ch, L) -> (B, Q, S, L)
-        q, K = self.W_q(h_ts), self.W_K(C.transpose(2, 3))  # (B, Q, d_k), (B, S, L, d_k)
-        return (torch.einsum("bqd,bsld->bqsl", q, K) / K.shape[-1] ** 0.5).softmax(-1)
+        query = self.W_q(h_ts) @ self.W_K.weight / self.W_K.out_features ** 0.5  # (B, Q, n_ch)
+        return torch.einsum("bqc,bscl->bqsl", query, C).softmax(-1)
 
 def pool(a, C):  # (B, Q, S, L), (B, S, n_ch, L) -> (B, Q, S, n_ch)
     "Attention-weighted average over the sites of the feature maps themselves (eq. 5)."
@@ -45,20 +45,20 @@ class GaussianAttention(nn.Module):
         logits = -(x[:, None] ** 2 + x[None, :] ** 2).flatten() / (2 * self.sigma ** 2)
         return logits.softmax(0).expand(*h_ts.shape[:2], C.shape[1], -1)
 
-# %% ../nbs/07_attention.ipynb #298631eb
+# %% ../nbs/07_attention.ipynb #42742c80
 class TaskAttention(nn.Module):
-    "Attention over the support images and the context that it collects (eq. 6 and 7)."
+    "Attention over the support images and the contexts that it collects (eq. 6, 7 and 9)."
     def __init__(self, n_ch: int, way: int, d_k: int, d_v: int):
         super().__init__()
         self.W_q, self.W_K = nn.Linear(n_ch, d_k, bias=False), nn.Linear(n_ch, d_k, bias=False)
         self.W_v = nn.Linear(n_ch + way, d_v, bias=False)
         self.W_K.load_state_dict(self.W_q.state_dict())
 
-    def forward(self, z_ts, z_tr, y):  # (B, Q, n_ch), (B, Q, S, n_ch), one-hot (B, S, way)
-        q, K = self.W_q(z_ts), self.W_K(z_tr)  # (B, Q, d_k), (B, Q, S, d_k)
-        a_t = (torch.einsum("bqd,bqsd->bqs", q, K) / K.shape[-1] ** 0.5).softmax(-1)
-        V = self.W_v(torch.cat([z_tr, y[:, None].expand(*z_tr.shape[:3], -1)], -1))  # (B, Q, S, d_v)
-        return torch.einsum("bqs,bqsd->bqd", a_t, V), a_t
+    def forward(self, z_ts, a_tr, C_tr, y):  # (B, Q, n_ch), (B, Q, S, L), (B, S, n_ch, L), one-hot (B, S, way) -> o_g (B, Q, d_v), o_s (B, Q, n_ch), a_t (B, Q, S)
+        query = self.W_q(z_ts) @ self.W_K.weight / self.W_K.out_features ** 0.5  # (B, Q, n_ch)
+        a_t = (torch.einsum("bqc,bscl->bqsl", query, C_tr) * a_tr).sum(-1).softmax(-1)
+        o_s = torch.einsum("bqsl,bscl->bqc", a_t[..., None] * a_tr, C_tr)
+        return self.W_v(torch.cat([o_s, a_t @ y], -1)), o_s, a_t
 
 # %% ../nbs/07_attention.ipynb #54d15dda
 class Maps(NamedTuple):
@@ -67,7 +67,7 @@ class Maps(NamedTuple):
     a_ts: torch.Tensor  # (B, Q, L) spatial, on the test images
     a_t: torch.Tensor  # (B, Q, S) task attention
 
-# %% ../nbs/07_attention.ipynb #e301bf55
+# %% ../nbs/07_attention.ipynb #c45c4198
 class STALayer(nn.Module):
     "Spatial and task attention (eq. 3 to 7, 9). `d_h` is `n_ch` in the first layer and `2 n_ch` in the others."
     def __init__(self, n_ch: int, d_h: int, way: int, d_k: int, d_v: int, attention=SpatialAttention, **options):
@@ -78,7 +78,6 @@ class STALayer(nn.Module):
         B, Q = h_ts.shape[:2]
         a_tr = self.spatial(h_ts, C_tr)
         a_ts = self.spatial(h_ts.reshape(B * Q, 1, -1), C_ts.reshape(B * Q, 1, *C_ts.shape[2:])).view(B, Q, -1)
-        z_tr, z_ts = pool(a_tr, C_tr), torch.einsum("bql,bqcl->bqc", a_ts, C_ts)
-        o_g, a_t = self.task(z_ts, z_tr, y)
-        o_s = torch.einsum("bqs,bqsc->bqc", a_t, z_tr)
+        z_ts = torch.einsum("bql,bqcl->bqc", a_ts, C_ts)
+        o_g, o_s, a_t = self.task(z_ts, a_tr, C_tr, y)
         return o_g, torch.cat([z_ts, o_s], -1), Maps(a_tr, a_ts, a_t)

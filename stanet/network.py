@@ -27,7 +27,7 @@ class SemanticBranch(nn.Module):
 
     def forward(self, C): return self.W_sem(C.mean((-2, -1)))  # (n, n_ch, h, w) -> logits (n, n_classes)
 
-# %% ../nbs/08_network.ipynb #a848a80a
+# %% ../nbs/08_network.ipynb #3e688df1
 class STANet(nn.Module):
     "STANet on a `backbone` with `n_ch` channels, for `way` classes a task."
     def __init__(self, backbone: nn.Module, way: int = 5, layers: int = 3, d_k: int = 64, d_v: int = 64, attention=SpatialAttention, n_semantic: int = 0, mean=(0.,), std=(1.,), **options):
@@ -46,7 +46,8 @@ class STANet(nn.Module):
 
     def attend(self, support, labels, query) -> tuple[torch.Tensor, list[Maps]]:
         "Logits `(B, Q, way)` and the attention of each layer, from maps `(B, S, n_ch, h_f, w_f)`, labels `(B, S)` and maps `(B, Q, n_ch, h_f, w_f)`."
-        C_tr, C_ts, y = support.flatten(-2), query.flatten(-2), F.one_hot(labels.long(), self.way).to(support.dtype)
+        C_tr = support.flatten(-2).transpose(1, 2).contiguous().transpose(1, 2)  # the sites of a task's support images side by side in memory: one matrix for each channel
+        C_ts, y = query.flatten(-2), F.one_hot(labels.long(), self.way).to(support.dtype)
         h_ts, contexts, maps = C_ts.mean(-1), [], []
         for layer in self.layers:
             o_g, h_ts, attention = layer(C_tr, C_ts, h_ts, y)

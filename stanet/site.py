@@ -9,8 +9,9 @@ __all__ = ['MEASURED', 'STROKES', 'RunCells', 'split_title', 'OrderSignatures', 
            'run_page', 'overview', 'drawing_of', 'invented_task', 'type_of', 'fields_of', 'params_page', 'command_page',
            'notebooks', 'write_sidebar', 'Site', 'katex', 'make_offline', 'write_pages', 'main']
 
-# %% ../nbs/16_site.ipynb #ddcf9bd7
+# %% ../nbs/16_site.ipynb #548d257e
 import base64, hashlib, html, io, json, math, os, random, re, shutil, sys
+from contextlib import chdir
 from importlib.metadata import distribution, version
 from pathlib import Path
 import numpy as np
@@ -114,13 +115,12 @@ def describe_pictures(cells, scale: int = 1):
                 own = re.search(r'^#\| fig-alt: "?(.+?)"?$', cell.source, re.M)
                 out["data"] = {"text/html": picture("".join(png).replace("\n", ""), own[1] if own else f"{title}: {text}" if title else text, scale)}
 
-# %% ../nbs/16_site.ipynb #b8317762
+# %% ../nbs/16_site.ipynb #676e4e90
 def render_notebook(path: Path):  # -> the notebook of its page
     "Run the notebook at `path` in its folder and prepare it as a page."
-    os.chdir(path.parent)
     nb = read_nb(path)
     split_title(nb)
-    NBProcessor(nb=nb, procs=[FrontmatterProc, populate_language, add_show_docs, OrderSignatures, hide_line, strip_ansi, clean_show_doc, RunCells, hide_, fold_signature, add_links, local_links]).process()
+    with chdir(path.parent): NBProcessor(nb=nb, procs=[FrontmatterProc, populate_language, add_show_docs, OrderSignatures, hide_line, strip_ansi, clean_show_doc, RunCells, hide_, fold_signature, add_links, local_links]).process()
     nb.cells = [c for c in nb.cells if not c.source.startswith("#| default_exp") and "default_exp" not in c.get("directives_", {})]
     describe_pictures(nb.cells, scale=2)
     return nb
@@ -145,15 +145,15 @@ def page_hash(path: Path) -> str:
     if "default_exp" not in text: parts += [p.read_text() for p in sorted([*root().glob("results/*.csv"), *root().glob("runs/*/metrics.json")])]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
 
-# %% ../nbs/16_site.ipynb #dde1257b
+# %% ../nbs/16_site.ipynb #cbea6217
 def kept_page(path: Path) -> Path:
     "Where the executed page of the notebook at `path` is kept."
     return root() / "scratch" / "site" / f"{path.stem}-{page_hash(path)}.ipynb"
 
 def render_and_keep(path: Path):
     "Execute the notebook at `path` and keep its page."
-    nb = render_notebook(path)
-    with atomic(kept_page(path)) as temporary: write_nb(nb, temporary)
+    place, nb = kept_page(path), render_notebook(path)
+    with atomic(place) as temporary: write_nb(nb, temporary)
 
 def executed(sources: list) -> list:  # the kept pages
     "The executed pages of notebooks; those that are not kept are run, two at a time."

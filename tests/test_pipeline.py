@@ -35,7 +35,7 @@ def test_everything_is_made(pipeline):
         assert made == {"model.safetensors", "metrics.json", "history.csv", "tasks.npz", "card.json", "train.ipynb"}
         assert (folder / "runs" / key / "train.ipynb").stat().st_size < 200_000
     rows = (folder / "results" / "quickstart.csv").read_text().splitlines()
-    assert rows[0] == "method,variant,backbone,params,dataset,way,shot,paper,paper_ci,ours,ours_ci,tasks,seeds,status,run"
+    assert rows[0] == "method,variant,backbone,params,dataset,way,shot,paper,paper_ci,ours,ours_ci,tasks,seeds,status,run,recipe,steps,images"
     assert len(rows) == 4 and all(",measured," in r for r in rows[1:])
 
 
@@ -70,7 +70,8 @@ def test_code_changes_the_fingerprint_of_runs_that_use_it(pipeline):
     changed = {n for n, m in marks().items() if m != first[n]}
     module.write_text(before)
     run("stanet", "fingerprints", cwd=folder)
-    assert changed == {f"run-{RUNS[2]}"} and marks() == first
+    uniform = {f"run-{k}" for k, r in yaml.safe_load((folder / "params.yaml").read_text())["runs"].items() if r.get("attention") == "UniformAttention"}
+    assert f"run-{RUNS[2]}" in changed and changed == uniform and marks() == first
 
 
 def test_same_run_same_metrics(pipeline):
