@@ -18,9 +18,9 @@ def embed_images(net, images: torch.Tensor, batch: int = 500) -> torch.Tensor:  
     index = torch.arange(len(images))
     return torch.cat([net.embed(gather(images, part).to(device)).contiguous() for part in index.split(batch)])
 
-# %% ../nbs/11_evaluation.ipynb #7e006f8f
+# %% ../nbs/11_evaluation.ipynb #f7626c9d
 @torch.no_grad()
-def score(net, maps: torch.Tensor, tasks: Tasks, batch: int = 100) -> np.ndarray:  # (n_tasks,) correct answers
+def score(net, maps: torch.Tensor, tasks: Tasks, batch: int = 25) -> np.ndarray:  # (n_tasks,) correct answers
     "Number of correct answers in each task."
     correct = []
     for rows in torch.arange(len(tasks.support)).split(batch):

@@ -9,8 +9,8 @@ __all__ = ['NAME', 'SECTIONS', 'EXTENTS', 'NO_RESULT', 'app', 'data_app', 'Run',
            'write_fingerprints', 'note_digest', 'check_digest', 'load_data', 'task_set', 'prepare', 'training_fields',
            'scratch_folder', 'fit', 'measure', 'metrics_of', 'record', 'with_palette', 'execute', 'problems_with',
            'notes_on', 'data_import', 'data_download', 'data_verify', 'data_list', 'check', 'fingerprints', 'glyphs',
-           'tasks', 'find_run', 'interruptible', 'train_command', 'fit_command', 'report', 'with_results', 'readme',
-           'main']
+           'tasks', 'find_run', 'interruptible', 'train_command', 'fit_command', 'report', 'with_results',
+           'bench_command', 'readme', 'main']
 
 # %% ../nbs/14_experiment.ipynb #8089f754
 import ast, asyncio, base64, functools, hashlib, io, json, os, re, signal, symtable, sys, threading
@@ -648,11 +648,17 @@ def report(name: str):
     if not source.is_file(): raise ValueError(f"no report {name!r}; there are {', '.join(sorted(p.stem for p in source.parent.glob('*.ipynb')))}")
     with interruptible(f"stanet report {name}"): execute(source, root() / "results" / f"{name}.ipynb", {"name": name})
 
-# %% ../nbs/14_experiment.ipynb #91c2d6cc
+# %% ../nbs/14_experiment.ipynb #0212ba9a
 def with_results(text: str, results) -> str:
     "`text` with the Markdown tables of the folder `results` between their marks."
     table = lambda mark: f"{mark[1]}\n{(Path(results) / f'{mark[2]}.md').read_text().strip()}\n<!-- end -->"
     return re.sub(r"(<!-- results: (\w+) -->)\n.*?<!-- end -->", table, text, flags=re.DOTALL)
+
+@app.command("bench")
+def bench_command(parts: Annotated[list[str], typer.Argument(help="step, evaluation, import, pipeline; all if none is named")] = None):
+    "Measure speed and memory into results/bench."
+    from stanet.bench import bench
+    bench(parts or ())
 
 @app.command()
 def readme():

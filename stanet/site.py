@@ -191,7 +191,7 @@ def front(title: str, description: str = "") -> object:
     "A front matter cell."
     return mk_cell("---\n" + yaml.safe_dump({"title": title, "description": description}, allow_unicode=True) + "---", "raw")
 
-# %% ../nbs/16_site.ipynb #699c4d98
+# %% ../nbs/16_site.ipynb #b274ea43
 def report_page(path: Path) -> list:  # cells
     "The page of the executed report at `path`, with its table linked to run cards and offered as files."
     cells = page_of(path)
@@ -199,9 +199,11 @@ def report_page(path: Path) -> list:  # cells
     cells[0].source = cells[0].source[title.end():]
     forms = ", ".join(f"[{s.upper()}](/results/{path.stem}.{s})" for s in ("csv", "tex", "svg", "png") if path.with_suffix(f".{s}").is_file())
     made = f"{get_config().git_url}/blob/{get_config().branch}/nbs/results/{path.name}"
-    shown = mk_cell(f"::: {{.printed}}\n\n```{{=html}}\n{linked_table(pd.read_csv(path.with_suffix('.csv')))}\n```\n\n:::\n\nEach figure of ours leads to its run. Files: {forms}; the [notebook]({made}) that made them.", "markdown")
-    at = next((i for i, c in enumerate(cells) if re.search(r"^wide\(\w+\)$", c.source, re.M)), 0)
-    if at: cells[at].outputs = []
+    table = pd.read_csv(path.with_suffix(".csv"))
+    html = f"::: {{.printed}}\n\n```{{=html}}\n{linked_table(table)}\n```\n\n:::\n\nEach figure of ours leads to its run. " if "run" in table else ""
+    shown = mk_cell(f"{html}Files: {forms}; the [notebook]({made}) that made them.", "markdown")
+    at = next((i for i, c in enumerate(cells) if re.search(r"^wide\(\w+\)$", c.source, re.M)), len(cells) - 1)
+    if "run" in table: cells[at].outputs = []
     cells.insert(at + 1, shown)
     for cell in cells: cell.source = f"#| code-fold: true\n#| code-summary: code\n{cell.source}" if cell.cell_type == "code" else cell.source
     return [front(title[1]), *(c for c in cells if c.cell_type != "code" or c.outputs)]
@@ -243,12 +245,12 @@ def run_page(folder: Path, used_in: list) -> list:  # cells
     cells = [mk_cell("## Its notebook\n", "markdown"), *page_of(notebook, level=2)] if notebook.is_file() else []
     return [front(folder.name), mk_cell(card_tables(card, used_in), "markdown"), *cells]
 
-# %% ../nbs/16_site.ipynb #975530b0
+# %% ../nbs/16_site.ipynb #24d81893
 def overview(reports: dict, runs: list, used: dict) -> list:  # cells
     "The page of all results: what each report measured, and all runs with their figures."
     def report_row(stem, title):
-        status = pd.read_csv(root() / "results" / f"{stem}.csv").status
-        return f"[{title}](/results/{stem}.html)", int((status == "measured").sum()), len(status)
+        status = pd.read_csv(root() / "results" / f"{stem}.csv").get("status", pd.Series(dtype=str))
+        return f"[{title}](/results/{stem}.html)", *((int((status == "measured").sum()), len(status)) if len(status) else ("", ""))
     def run_row(folder):
         c = json.loads((folder / "card.json").read_text()); m = c["metrics"]
         return f"[{m['key']}](/runs/{m['key']}.html)", f"{m['way']}-way {m['shot']}-shot", f"{m['accuracy']:.2f} ± {m['ci95']:.2f}", f"{m['parameters']:,}", f"{c['training_seconds'] / 60:.0f}", ", ".join(t for _, t in used.get(m["key"], []))
@@ -347,7 +349,7 @@ def make_offline(folder: Path):
         up = "../" * (len(page.relative_to(folder).parts) - 1)
         page.write_text(page.read_text().replace(smalldocs.layout.KATEX, f"{up}site_libs/katex"))
 
-# %% ../nbs/16_site.ipynb #27ea79e5
+# %% ../nbs/16_site.ipynb #a6a30b8d
 def write_pages(proc: Path):
     "Fill the folder `proc` with the sources of all pages, as nbdev does, and with the results."
     nbs, results, runs = root() / "nbs", sorted(root().glob("results/*.ipynb")), sorted(p.parent for p in root().glob("runs/*/card.json"))
@@ -362,7 +364,7 @@ def write_pages(proc: Path):
     titles = {p.stem: re.match(r"# (.+)", read_nb(p).cells[0].source)[1] for p in results}
     used = {}
     for stem, title in titles.items():
-        for key in pd.read_csv(root() / "results" / f"{stem}.csv").query("status == 'measured'").run: used.setdefault(key, []).append((stem, title))
+        for key in pd.read_csv(root() / "results" / f"{stem}.csv").get("run", pd.Series(dtype=str)).dropna(): used.setdefault(key, []).append((stem, title))
     for path in results: put(f"results/{path.name}", report_page(path))
     for folder in runs: put(f"runs/{folder.name}.ipynb", run_page(folder, used.get(folder.name, [])))
     put("results/index.ipynb", overview(titles, runs, used))
