@@ -164,7 +164,7 @@ def executed(sources: list) -> list:  # the kept pages
     for old in set((root() / "scratch" / "site").glob("*")) - set(kept): old.unlink()
     return kept
 
-# %% ../nbs/16_site.ipynb #8f2ee218
+# %% ../nbs/16_site.ipynb #7f8b7bdc
 def linked_table(table: pd.DataFrame) -> str:  # the tidy table of a report -> HTML
     "The table as printed, each of our figures a link to its run."
     table = table.assign(**{c: table[c].astype(object).where(table[c].notna(), None) for c in ("variant", "run")})
@@ -173,10 +173,11 @@ def linked_table(table: pd.DataFrame) -> str:  # the tidy table of a report -> H
         if "ours" not in column: continue
         key_of = keys[column]
         printed[column] = [f'<a href="/runs/{k}.html">{v}</a>' if k else f'<span class="absent">{v}</span>' for v, k in zip(printed[column], key_of)]
-    flat = printed.reset_index()
-    return flat.to_html(index=False, border=0, escape=False, sparsify=True, classes="results")
+    settings = list(dict.fromkeys(c[0] for c in printed.columns))
+    parts = [printed[settings[i:i + 2]].reset_index() for i in range(0, len(settings), 2)]  # two settings side by side fit on a screen
+    return "\n".join(p.to_html(index=False, border=0, escape=False, sparsify=True, classes="results") for p in parts)
 
-# %% ../nbs/16_site.ipynb #23fe72ca
+# %% ../nbs/16_site.ipynb #84780692
 def page_of(path: Path, level: int = 0) -> list:  # cells
     "The cells of an executed notebook for a page: no bookkeeping, figures described, headings lowered by `level`."
     cells = read_nb(path).cells
@@ -188,8 +189,8 @@ def page_of(path: Path, level: int = 0) -> list:  # cells
     return cells
 
 def front(title: str, description: str = "") -> object:
-    "A front matter cell."
-    return mk_cell("---\n" + yaml.safe_dump({"title": title, "description": description}, allow_unicode=True) + "---", "raw")
+    "A front matter cell; without a table of contents beside it, a page of figures has room for its tables."
+    return mk_cell("---\n" + yaml.safe_dump({"title": title, "description": description, "toc": False}, allow_unicode=True) + "---", "raw")
 
 # %% ../nbs/16_site.ipynb #b274ea43
 def report_page(path: Path) -> list:  # cells

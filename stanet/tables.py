@@ -111,15 +111,15 @@ def save_figure(figure, name: str, folder):
     for suffix in ("png", "svg"):
         with atomic(Path(folder) / "results" / f"{name}.{suffix}") as temporary: figure.savefig(temporary, dpi=100, format=suffix, bbox_inches="tight", metadata={"Date": None} if suffix == "svg" else None)
 
-# %% ../nbs/13_tables.ipynb #6d073265
+# %% ../nbs/13_tables.ipynb #080f8711
 def save_numbers(numbers: pd.DataFrame, name: str, folder) -> pd.DataFrame:
     "Write the numbers that a figure shows as results/`name`.csv, .md, .tex and .html, and return them."
     write_forms(numbers, numbers.map(lambda v: f"{v:.2f}" if isinstance(v, float) else v), Path(folder) / "results" / name)
-    return numbers.round(2)
+    return numbers.round(2).set_index(numbers.columns[0])
 
-# %% ../nbs/13_tables.ipynb #88b389a3
+# %% ../nbs/13_tables.ipynb #d0ac4a41
 def run_cards(keys, folder) -> pd.DataFrame:
     "What stands behind each number: budget, time, seed, device and versions of the runs `keys`."
     cards = [json.loads((Path(folder) / "runs" / key / "card.json").read_text()) for key in keys]
     return pd.DataFrame([{"run": c["run"]["key"], "recipe": c["run"]["recipe"], "weights": c["metrics"]["parameters"], "steps": c["run"]["steps"], "images a step": c["metrics"]["images"] // c["run"]["steps"],
-                          "tasks a step": c["run"]["tasks"] * c["run"]["mix"], "training (min)": round(c["training_seconds"] / 60, 1), "seed": c["run"]["seed"], "test tasks": c["metrics"]["tasks"], "device": c["device"], "torch": c["torch"]} for c in cards])
+                          "tasks a step": c["run"]["tasks"] * c["run"]["mix"], "training (min)": round(c["training_seconds"] / 60, 1), "seed": c["run"]["seed"], "test tasks": c["metrics"]["tasks"], "device": c["device"], "torch": c["torch"]} for c in cards]).set_index("run")
