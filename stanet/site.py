@@ -9,7 +9,7 @@ __all__ = ['MEASURED', 'STROKES', 'RunCells', 'split_title', 'OrderSignatures', 
            'run_page', 'overview', 'drawing_of', 'invented_task', 'type_of', 'fields_of', 'params_page', 'command_page',
            'notebooks', 'write_sidebar', 'Site', 'katex', 'make_offline', 'write_pages', 'main']
 
-# %% ../nbs/16_site.ipynb #548d257e
+# %% ../nbs/16_site.ipynb #f694f3be
 import base64, hashlib, html, io, json, math, os, random, re, shutil, sys
 from contextlib import chdir
 from importlib.metadata import distribution, version
@@ -35,7 +35,7 @@ from typer.cli import get_docs_for_click
 from .episodes import Tasks
 from .experiment import Run, TaskSet, app, root, with_palette
 from .packs import Pack, atomic
-from .tables import wide
+from .tables import in_parts, wide
 from .training import Recipe
 
 # %% ../nbs/16_site.ipynb #88650a0a
@@ -164,7 +164,7 @@ def executed(sources: list) -> list:  # the kept pages
     for old in set((root() / "scratch" / "site").glob("*")) - set(kept): old.unlink()
     return kept
 
-# %% ../nbs/16_site.ipynb #7f8b7bdc
+# %% ../nbs/16_site.ipynb #11e13acf
 def linked_table(table: pd.DataFrame) -> str:  # the tidy table of a report -> HTML
     "The table as printed, each of our figures a link to its run."
     table = table.assign(**{c: table[c].astype(object).where(table[c].notna(), None) for c in ("variant", "run")})
@@ -173,9 +173,7 @@ def linked_table(table: pd.DataFrame) -> str:  # the tidy table of a report -> H
         if "ours" not in column: continue
         key_of = keys[column]
         printed[column] = [f'<a href="/runs/{k}.html">{v}</a>' if k else f'<span class="absent">{v}</span>' for v, k in zip(printed[column], key_of)]
-    settings = list(dict.fromkeys(c[0] for c in printed.columns))
-    parts = [printed[settings[i:i + 2]].reset_index() for i in range(0, len(settings), 2)]  # two settings side by side fit on a screen
-    return "\n".join(p.to_html(index=False, border=0, escape=False, sparsify=True, classes="results") for p in parts)
+    return "\n".join(p.reset_index().to_html(index=False, border=0, escape=False, sparsify=True, classes="results") for p in in_parts(printed))
 
 # %% ../nbs/16_site.ipynb #84780692
 def page_of(path: Path, level: int = 0) -> list:  # cells
