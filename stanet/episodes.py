@@ -107,7 +107,7 @@ def gather(images: torch.Tensor, index: torch.Tensor) -> torch.Tensor:  # float 
     "The images `index` (any shape, n in all) of the uint8 tensor `images` `(N, h, w, c)`."
     return images[index.flatten()].permute(0, 3, 1, 2).float().div_(255)
 
-# %% ../nbs/05_episodes.ipynb #0eb28082
+# %% ../nbs/05_episodes.ipynb #92edcf94
 def augment(images, generator, flip: bool = False, shift: float = 0., rotate: float = 0., scale: float = 0., colour: float = 0., tasks: int = 1, part: slice = slice(None)):
     "Augment float images `(n, c, h, w)`: `shift` as a share of the side, `rotate` in degrees, `scale` and `colour` as relative ranges. Zeros leave the images alone. `images` may be those of a `part` of `tasks` tasks."
     n, c = images.shape[:2]
@@ -117,7 +117,9 @@ def augment(images, generator, flip: bool = False, shift: float = 0., rotate: fl
         angle, size = uniform(n) * rotate * torch.pi / 180, (uniform(n) * scale).exp()
         cos, sin = size * angle.cos(), size * angle.sin()
         matrix = torch.stack([mirror * cos, -sin, mirror * sin, cos], 1).view(n, 2, 2)
-        grid = F.affine_grid(torch.cat([matrix, 2 * shift * uniform(n, 2, 1)], 2), list(images.shape), align_corners=False)
+        offset, pixel = 2 * shift * uniform(n, 2, 1), 2 / images.shape[-1]
+        if not (rotate or scale): offset = (offset / pixel).round() * pixel
+        grid = F.affine_grid(torch.cat([matrix, offset], 2), list(images.shape), align_corners=False)
         images = F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
     if colour: images = images * (1 + colour * uniform(n, c, 1, 1)) + colour / 2 * uniform(n, c, 1, 1)
     return images.contiguous(memory_format=torch.channels_last)

@@ -3,6 +3,7 @@ import os, shutil, subprocess, sys
 from pathlib import Path
 import pytest, yaml
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes share the cores
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 
