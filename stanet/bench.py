@@ -49,7 +49,7 @@ def network(setting: dict, layers: int = 3):
     c = {k: setting[k] for k in ("backbone", "channels", "pools")}
     return build(c | dict(way=WAY, layers=layers, d_k=32, d_v=32, attention="SpatialAttention", n_semantic=CLASSES, mean=[0.5] * setting["channels"], std=[0.3] * setting["channels"]))
 
-# %% ../nbs/18_bench.ipynb #79283743
+# %% ../nbs/18_bench.ipynb #9a40680d
 def our_steps(setting: dict, precision: str, folder):  # -> function of a number of steps
     "The project's own training loop."
     images, labels = pictures(setting["size"], setting["channels"])
@@ -58,7 +58,7 @@ def our_steps(setting: dict, precision: str, folder):  # -> function of a number
     images, labels = images.to(accelerator.device), labels.to(accelerator.device)
     def steps(n):
         until = recipe.model_copy(update={"steps": state.step + n})
-        with contextlib.redirect_stdout(io.StringIO()): run_steps(accelerator, net, state, images, labels, SHOT, until, precision, part, Checkpoints(folder), None, 10**9, 10**9, math.inf)
+        with contextlib.redirect_stdout(io.StringIO()): run_steps(accelerator, net, state, images, labels, until, precision, part, Checkpoints(folder), None, 10**9, 10**9, math.inf)
     return steps
 
 # %% ../nbs/18_bench.ipynb #fb0a9027

@@ -33,7 +33,7 @@ from .packs import Pack, atomic, class_parents, digest, in_one_line, load_pack, 
 from .splits import make_split, quarter_turns
 from .training import Count, Recipe, Share, alone, train
 
-# %% ../nbs/14_experiment.ipynb #7f09d5d6
+# %% ../nbs/14_experiment.ipynb #08adf45d
 class Run(Recipe):
     "One training with its test: the fields of a recipe and these."
     key: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")] = Field(description="name of the run and of its folder under runs/")
@@ -57,6 +57,9 @@ class Run(Recipe):
     validate_tasks: Annotated[int, Field(ge=0)] = Field(0, description="validation tasks for the curve in the history; 0 for none")
     validate_every: Count = Field(1000, description="steps between two validations")
     drop_duplicates: bool = Field(False, description="leave validation images out that stand in a training class too")
+
+    @property
+    def shot_in_training(self) -> int: return self.train_shot or self.shot
 
 # %% ../nbs/14_experiment.ipynb #9f6e7b4c
 class TaskSet(BaseModel):
@@ -199,7 +202,7 @@ def _network_fits(run: Run, pack: Path) -> list:  # problems of the network
     why = _buildable(tuple(shape or (28, 28, 1)), **{k: getattr(run, k) for k in ("backbone", "width", "pools", "dropout", "way", "layers", "d_k", "d_v", "attention", "sigma")})
     return [f"runs.{run.key}: its network can't be built: {why}"] if why else []
 
-# %% ../nbs/14_experiment.ipynb #8e8487f3
+# %% ../nbs/14_experiment.ipynb #2706b281
 def _run_fits(run: Run, sets: dict, wrong: set) -> list:  # problems of a run with its task set, data and network; `wrong` are fields that have been refused already
     place, names, test = f"runs.{run.key}", known_splits(), sets.get(run.test)
     found = []
@@ -211,7 +214,7 @@ def _run_fits(run: Run, sets: dict, wrong: set) -> list:  # problems of a run wi
     try: sizes = extents(run.pack, run.split)
     except ValueError: return found  # told with the task set
     if "train" in sizes and run.turns: sizes["train"] = (4 * sizes["train"][0], sizes["train"][1])
-    found += _tasks_fit(place, "train", sizes, run.way, run.shot + run.query) if "query" not in wrong else []
+    found += _tasks_fit(place, "train", sizes, run.way, run.shot_in_training + run.query) if "query" not in wrong else []
     if run.mix > 1 and "train" in sizes and run.tasks * run.way > sizes["train"][0]: found.append(f"{place}.tasks: {run.tasks} tasks of {run.way} different classes need {run.tasks * run.way}, but there are {sizes['train'][0]} train classes")
     return found + (_tasks_fit(place, "val", sizes, run.way, run.shot + 15) if run.validate_tasks else [])
 
@@ -391,11 +394,11 @@ def prepare(run: Run, pack: Pack):  # -> network, training pack, semantic target
     torch.manual_seed(run.seed)
     return build(config), training, targets, split
 
-# %% ../nbs/14_experiment.ipynb #b67a4886
+# %% ../nbs/14_experiment.ipynb #bfc26c30
 def training_fields(run: Run) -> dict:
     "The fields of a run that its training depends on, the same for runs with the same training."
-    fields = run.model_dump(exclude={"key", "recipe", "test"})
-    return fields | dict(one_shot=0.0, shot=1, query=run.shot + run.query - 1) if run.one_shot == 1 else fields
+    fields = run.model_dump(exclude={"key", "recipe", "test", "shot", "train_shot"}) | {"shot": run.shot_in_training}
+    return fields | {"validated": [run.shot, run.validate_tasks]} if run.validate_tasks else fields
 
 def scratch_folder(run: Run, pack: Pack) -> Path:
     "Where the run keeps its states, by a hash of parameters, code and data."
@@ -411,7 +414,7 @@ def fit(run: Run, pack: Pack):  # -> network, history, what is known of the trai
         if run.drop_duplicates: unseen = without(unseen, twins(unseen, pack, among=split.train))
         tasks = draw_task_set(unseen.labels, run.way, run.shot, 15, run.validate_tasks, seed=1, names=unseen.classes)
         validate = lambda net: accuracy(score(net, embed_images(net, unseen.images), tasks), 15 * run.way)[0]
-    return train(net, training.images, training.labels, targets, run.way, run.shot, run, scratch_folder(run, pack), training.classes, class_parents(training), validate, run.validate_every)
+    return train(net, training.images, training.labels, targets, run.way, run.shot_in_training, run, scratch_folder(run, pack), training.classes, class_parents(training), validate, run.validate_every)
 
 # %% ../nbs/14_experiment.ipynb #cd63d885
 def measure(run: Run, net, pack: Pack, tasks):  # -> correct answers of each task, maps of all test images, test pack
@@ -420,12 +423,12 @@ def measure(run: Run, net, pack: Pack, tasks):  # -> correct answers of each tas
     maps = embed_images(net, unseen.images)
     return score(net, maps, tasks), maps, unseen
 
-# %% ../nbs/14_experiment.ipynb #a5f4b425
+# %% ../nbs/14_experiment.ipynb #9e17704e
 def metrics_of(run: Run, net, correct, tasks, extra: dict) -> dict:
     "The metrics of a run: accuracy, interval, and digests of what they were measured with."
     answers = tasks.query.shape[1]
     mean, half = accuracy(correct, answers)
-    return {"key": run.key, "accuracy": round(mean, 4), "ci95": round(half, 4), "tasks": len(correct), "queries": answers, "way": run.way, "shot": run.shot, "seed": run.seed, "recipe": run.recipe, "steps": run.steps, "images": run.steps * run.tasks * run.way * (run.shot + run.query), "parameters": network_size(net),
+    return {"key": run.key, "accuracy": round(mean, 4), "ci95": round(half, 4), "tasks": len(correct), "queries": answers, "way": run.way, "shot": run.shot, "seed": run.seed, "recipe": run.recipe, "steps": run.steps, "images": run.steps * run.tasks * run.way * (run.shot_in_training + run.query), "parameters": network_size(net),
             "weights_sha256": digest(*(t for _, t in sorted(net.state_dict().items()))), "tasks_sha256": tasks_digest(tasks), "correct_sha256": digest(torch.from_numpy(correct)), **extra}
 
 def record(run: Run, net, history, trained: dict, correct, tasks, pack: Pack, extra: dict | None = None, folder=None) -> dict:

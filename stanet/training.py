@@ -27,7 +27,7 @@ from .episodes import Episodes, augment, gather
 from .losses import full_loss, semantic_loss, task_loss
 from .packs import atomic, sweep, writing
 
-# %% ../nbs/10_training.ipynb #82ff5ede
+# %% ../nbs/10_training.ipynb #a54f817e
 Share, Count = Annotated[float, Field(ge=0)], Annotated[int, Field(gt=0)]
 
 class Recipe(BaseModel):
@@ -38,7 +38,7 @@ class Recipe(BaseModel):
     mix: Count = Field(1, description="times that the images of a step are dealt into tasks anew")
     siblings: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="share of these deals in which the classes of a task have one parent")
     query: Count = Field(1, description="query images a class drawn for each task")
-    one_shot: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="share of the steps, from the first on, in which one of the images of a class is support and all others are queries, whatever the shot")
+    train_shot: Annotated[int, Field(ge=0)] = Field(0, description="support images a class in training; 0: as many as in the test")
     single: bool = Field(True, description="keep one query a task, of a random class, as the paper does")
     classes: Literal["epoch", "uniform"] = Field("epoch", description="classes without replacement over an epoch, or anew for each task")
     lr: Annotated[float, Field(gt=0)] = Field(3e-4, description="learning rate of Adam")
@@ -274,7 +274,7 @@ def ready(net, labels, way: int, shot: int, recipe: Recipe, names, parents):  # 
     part = slice(accelerator.process_index, None, accelerator.num_processes) if accelerator.num_processes > 1 else slice(None)
     return accelerator, wrapped, State(net, optimiser, episodes, recipe.average), part
 
-# %% ../nbs/10_training.ipynb #283dd19d
+# %% ../nbs/10_training.ipynb #aac91cfd
 def train(net, images, labels, targets, way: int, shot: int, recipe: Recipe, folder, names=None, parents=None, validate=None, validate_every: int = 1000, every: int = 50, save_seconds: float = 30.0):
     "Train `net` on uint8 `images`, labelled by `labels` and for the semantic loss by `targets`; `parents` are the parent categories of the classes. Returns the averaged network, the history, and a dictionary with seconds, speed, device and versions."
     checkpoints = Checkpoints(folder)
@@ -285,12 +285,12 @@ def train(net, images, labels, targets, way: int, shot: int, recipe: Recipe, fol
         if found: state.restore(*found)
         images, targets = images.to(accelerator.device), targets.to(accelerator.device)
         check_agreement(accelerator, state.step)
-        if state.step < recipe.steps: run_steps(accelerator, wrapped, state, images, targets, shot, recipe, precision, part, checkpoints, validate, validate_every, every, save_seconds)
+        if state.step < recipe.steps: run_steps(accelerator, wrapped, state, images, targets, recipe, precision, part, checkpoints, validate, validate_every, every, save_seconds)
     about = {"training_seconds": round(state.seconds, 1), "steps_per_second": round(recipe.steps / max(state.seconds, 1e-9), 2), **state.devices}
     return averaged(state), pd.DataFrame(state.history), about
 
-# %% ../nbs/10_training.ipynb #0e5f8cc7
-def run_steps(accelerator, net, state: State, images, targets, shot: int, recipe: Recipe, precision: str, part, checkpoints: Checkpoints, validate, validate_every: int, every: int, save_seconds: float):
+# %% ../nbs/10_training.ipynb #1884c8a0
+def run_steps(accelerator, net, state: State, images, targets, recipe: Recipe, precision: str, part, checkpoints: Checkpoints, validate, validate_every: int, every: int, save_seconds: float):
     "The steps from `state` to the recipe's last."
     keep_freed_memory()
     state.devices = devices_together(state.devices, describe_device() | {"precision": precision})
@@ -299,7 +299,6 @@ def run_steps(accelerator, net, state: State, images, targets, shot: int, recipe
     with noted_interrupt() as interrupted:
         while state.step < recipe.steps:
             for group in state.optimiser.param_groups: group["lr"] = learning_rate(recipe, state.step)
-            state.episodes.shot = 1 if state.step < recipe.one_shot * recipe.steps else shot
             loss, values = training_step(net, images, targets, state.episodes, recipe, precision, part)
             accelerator.backward(loss)
             state.optimiser.step()
