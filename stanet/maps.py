@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['look', 'masked', 'show_task', 'box_cover', 'box_scores']
 
-# %% ../nbs/12_maps.ipynb #c7ee48b6
-import matplotlib.pyplot as plt
+# %% ../nbs/12_maps.ipynb #511ea696
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -31,9 +30,10 @@ def masked(image: torch.Tensor, a: torch.Tensor) -> np.ndarray:  # uint8 (h, w, 
     colour = image.float().expand(-1, -1, 3) / 255
     return (colour * (0.12 + 0.88 * weight / weight.max())[..., None]).clamp(0, 1).cpu().numpy()
 
-# %% ../nbs/12_maps.ipynb #8664b0b0
+# %% ../nbs/12_maps.ipynb #4b09d9b8
 def show_task(net, pack: Pack, tasks: Tasks, row: int = 0, query: int = 0, size: float = 1.1, figure=None):
     "Draw the attention of all layers on the support images and on the query `query` of the task `row`, into `figure` if one is given; returns the figure."
+    import matplotlib.pyplot as plt  # here, as commands that draw nothing need not wait for it
     probabilities, layers = look(net, pack, tasks, row)
     support, labels, answer = tasks.support[row].long(), tasks.support_labels[row].tolist(), int(tasks.query_labels[row, query])
     images = [pack.images[i] for i in [*support, tasks.query[row, query].long()]]
