@@ -8,7 +8,7 @@ __all__ = ['SETTINGS', 'WAY', 'SHOT', 'QUERY', 'CLASSES', 'EACH', 'PARTS', 'pict
            'logits_cached', 'bench_evaluation', 'write_pictures', 'import_folder', 'bench_import', 'bench_pipeline',
            'machine', 'bench', 'write_bench']
 
-# %% ../nbs/18_bench.ipynb #d0e3401b
+# %% ../nbs/18_bench.ipynb #004ea03c
 import contextlib, io, json, math, os, resource, shutil, subprocess, sys, tempfile, time
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +17,7 @@ import pandas as pd
 import psutil
 import torch
 import yaml
+from accelerate import Accelerator
 from PIL import Image
 from torch.utils.data import DataLoader, Sampler
 from torchvision.transforms import v2
@@ -49,12 +50,13 @@ def network(setting: dict, layers: int = 3):
     c = {k: setting[k] for k in ("backbone", "channels", "pools")}
     return build(c | dict(way=WAY, layers=layers, d_k=32, d_v=32, attention="SpatialAttention", n_semantic=CLASSES, mean=[0.5] * setting["channels"], std=[0.3] * setting["channels"]))
 
-# %% ../nbs/18_bench.ipynb #9a40680d
+# %% ../nbs/18_bench.ipynb #30604d92
 def our_steps(setting: dict, precision: str, folder):  # -> function of a number of steps
     "The project's own training loop."
     images, labels = pictures(setting["size"], setting["channels"])
     recipe = Recipe(tasks=setting["tasks"], query=QUERY, single=False, classes="uniform", weight_decay=0.0, average=0.99, flip=True, shift=0.1, precision=precision)
-    accelerator, net, state, part = ready(network(setting), labels, WAY, SHOT, recipe, None, None)
+    accelerator = Accelerator()
+    net, state, part = ready(accelerator, network(setting), labels, WAY, SHOT, recipe, None, None)
     images, labels = images.to(accelerator.device), labels.to(accelerator.device)
     def steps(n):
         until = recipe.model_copy(update={"steps": state.step + n})
@@ -132,11 +134,11 @@ def record(name: str, values, unit: str, against: str | None = None, other=None)
     middle, (low, high) = float(np.median(values)), np.quantile(values, (0.25, 0.75))
     return {"name": name, "value": float(f"{middle:.4g}"), "unit": unit, "against": against, "ratio": None if other is None else float(f"{middle / np.median(other):.4g}"), "spread": float(f"{(high - low) / middle:.2g}")}
 
-# %% ../nbs/18_bench.ipynb #3a4f7ca3
+# %% ../nbs/18_bench.ipynb #a73985eb
 def bench_step(name: str, rounds: int) -> list:  # records
     "Tasks a second of the three loops in the setting `name`."
     setting, device = SETTINGS[name], torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision = chosen_format(network(setting), pictures(setting["size"], setting["channels"])[0], "auto")
+    precision = chosen_format(Accelerator(), network(setting), pictures(setting["size"], setting["channels"])[0], "auto")
     with tempfile.TemporaryDirectory() as folder:
         contenders = {"ours": our_steps(setting, precision, folder), "bare": bare_steps(setting, precision, device)}
         for w in (0, 1, 2): contenders[f"textbook-{w}"] = textbook_steps(setting, "float32", device, w)

@@ -8,7 +8,7 @@ __all__ = ['Share', 'Count', 'Recipe', 'learning_rate', 'faster_format', 'chosen
            'describe_device', 'devices_together', 'noted_interrupt', 'mean_of_all', 'pressed_in_any', 'check_agreement',
            'keep_freed_memory', 'ready', 'train', 'run_steps']
 
-# %% ../nbs/10_training.ipynb #9cfa007c
+# %% ../nbs/10_training.ipynb #4e17caf1
 import copy, ctypes, hashlib, json, math, platform, re, signal, sys, threading, time, warnings
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 import pandas as pd
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -70,7 +70,7 @@ def learning_rate(recipe: Recipe, step: int) -> float:
     rate = recipe.lr * min(1.0, (step + 1) / recipe.warmup) if recipe.warmup else recipe.lr
     return rate * (1 + math.cos(math.pi * step / recipe.steps)) / 2 if recipe.schedule == "cosine" else rate
 
-# %% ../nbs/10_training.ipynb #bbaf5bb4
+# %% ../nbs/10_training.ipynb #a9ef1949
 def faster_format(backbone, images) -> str:  # a batch (n, c, h, w) on the device of the backbone
     "'bf16' if a forward and backward pass of a copy of `backbone` takes at most 0.8 times as long in this format, else 'float32'."
     body, seconds = copy.deepcopy(backbone).train(), {"float32": [], "bf16": []}
@@ -84,12 +84,12 @@ def faster_format(backbone, images) -> str:  # a batch (n, c, h, w) on the devic
             seconds[name].append(time.perf_counter() - start)
     return "bf16" if min(seconds["bf16"][1:]) < 0.8 * min(seconds["float32"][1:]) else "float32"
 
-def chosen_format(net, images, precision: str, n: int = 32) -> str:  # 'bf16' or 'float32'
+def chosen_format(accelerator, net, images, precision: str, n: int = 32) -> str:  # 'bf16' or 'float32'
     "The number format of a recipe for uint8 `images`, the same in all processes; `auto` is decided on `n` of them."
     choice = [precision]
     if precision == "auto":
-        device = PartialState().device
-        choice = [faster_format(net.to(device).backbone, gather(images, torch.arange(min(n, len(images)))).to(device, memory_format=torch.channels_last))]
+        few = gather(images, torch.arange(min(n, len(images)))).to(accelerator.device, memory_format=torch.channels_last)
+        choice = [faster_format(net.to(accelerator.device).backbone, few)]
     return broadcast_object_list(choice)[0]
 
 # %% ../nbs/10_training.ipynb #f7556efa
@@ -263,25 +263,24 @@ def keep_freed_memory():
     if platform.libc_ver()[0] != "glibc": return
     for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**26)): ctypes.CDLL(None).mallopt(option, value)  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD of malloc.h
 
-# %% ../nbs/10_training.ipynb #5046babc
-def ready(net, labels, way: int, shot: int, recipe: Recipe, names, parents):  # -> Accelerator, the prepared network, State, this process's part of the tasks
+# %% ../nbs/10_training.ipynb #52c0e07b
+def ready(accelerator, net, labels, way: int, shot: int, recipe: Recipe, names, parents):  # -> the prepared network, State, this process's part of the tasks
     "Everything that a training starts with."
-    accelerator = Accelerator()
     if recipe.tasks % accelerator.num_processes: raise ValueError(f"tasks: {recipe.tasks} can't be shared by {accelerator.num_processes} processes")
     episodes = Episodes(labels.to(accelerator.device), way, shot, recipe.query, recipe.single, recipe.classes, recipe.seed, names, parents)
     net = net.to(accelerator.device).train()
     wrapped, optimiser = accelerator.prepare(net, make_optimiser(net, recipe))
     part = slice(accelerator.process_index, None, accelerator.num_processes) if accelerator.num_processes > 1 else slice(None)
-    return accelerator, wrapped, State(net, optimiser, episodes, recipe.average), part
+    return wrapped, State(net, optimiser, episodes, recipe.average), part
 
-# %% ../nbs/10_training.ipynb #aac91cfd
+# %% ../nbs/10_training.ipynb #5ab31894
 def train(net, images, labels, targets, way: int, shot: int, recipe: Recipe, folder, names=None, parents=None, validate=None, validate_every: int = 1000, every: int = 50, save_seconds: float = 30.0):
     "Train `net` on uint8 `images`, labelled by `labels` and for the semantic loss by `targets`; `parents` are the parent categories of the classes. Returns the averaged network, the history, and a dictionary with seconds, speed, device and versions."
-    checkpoints = Checkpoints(folder)
-    with alone(folder) if PartialState().is_main_process else nullcontext():
+    accelerator, checkpoints = Accelerator(), Checkpoints(folder)
+    with alone(folder) if accelerator.is_main_process else nullcontext():
         found = checkpoints.latest()
-        precision = found[1]["devices"]["precision"] if found else chosen_format(net, images, recipe.precision)
-        accelerator, wrapped, state, part = ready(net, labels, way, shot, recipe, names, parents)
+        precision = found[1]["devices"]["precision"] if found else chosen_format(accelerator, net, images, recipe.precision)
+        wrapped, state, part = ready(accelerator, net, labels, way, shot, recipe, names, parents)
         if found: state.restore(*found)
         images, targets = images.to(accelerator.device), targets.to(accelerator.device)
         check_agreement(accelerator, state.step)
