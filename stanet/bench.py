@@ -83,7 +83,13 @@ def bare_steps(setting: dict, precision: str, device):
         for _ in range(n): one_step(net, optimiser, batch, tasks, labels[index], precision)
     return steps
 
-# %% ../nbs/18_bench.ipynb #1bccb07b
+# %% ../nbs/18_bench.ipynb #0c4051a2
+def _sampler(dataset, n: int):
+    from easyfsl.samplers import TaskSampler
+    usual, Sampler.__init__ = Sampler.__init__, lambda self, data_source=None: None
+    try: return TaskSampler(dataset, WAY, SHOT, QUERY, n)
+    finally: Sampler.__init__ = usual
+
 class Pictures:
     "Images as a data set of easyfsl."
     def __init__(self, images, labels):
@@ -92,12 +98,6 @@ class Pictures:
     def __getitem__(self, i): return self.transform(self.images[i]), self.labels[i]
     def __len__(self): return len(self.labels)
     def get_labels(self): return self.labels
-
-def _sampler(dataset, n: int):
-    from easyfsl.samplers import TaskSampler
-    usual, Sampler.__init__ = Sampler.__init__, lambda self, data_source=None: None
-    try: return TaskSampler(dataset, WAY, SHOT, QUERY, n)
-    finally: Sampler.__init__ = usual
 
 def textbook_steps(setting: dict, precision: str, device, workers: int, layout=torch.contiguous_format):
     "One task a step through a DataLoader."
