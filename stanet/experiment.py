@@ -310,8 +310,8 @@ def _global_names(code: str) -> set:  # every name that `code` looks up outside 
         return {s.get_name() for s in scope.get_symbols() if s.is_global() or s.is_referenced() and scope.get_type() == "module"}.union(*map(names, scope.get_children()))
     return names(symtable.symtable(code, "<definition>", "exec"))
 
-# %% ../nbs/14_experiment.ipynb #8f9940ba
-NO_RESULT = {"Recipe", "Run", "Params", "TaskSet", "Checkpoints", "scratch_folder", "alone", "atomic", "show_progress", "noted_interrupt", "describe_device", "devices_together", "keep_freed_memory"}
+# %% ../nbs/14_experiment.ipynb #d1596d8f
+NO_RESULT = {"Recipe", "Run", "Params", "TaskSet", "Checkpoints", "scratch_folder", "alone", "atomic", "show_progress", "latest_of_all", "noted_interrupt", "describe_device", "devices_together", "keep_freed_memory"}
 
 def reachable(names, definitions: dict) -> dict:  # name -> skeleton
     "The definitions that `names` use, and those that these use, and so on. Left out are those of `NO_RESULT`."

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'WHOLE', 'read_metrics', 'tidy', 'figure_of', 'difference_of', 'wide', 'in_latex', 'in_parts', 'flat',
-           'write_table', 'as_markdown', 'write_forms', 'compare', 'open_report', 'against_paper', 'save_figure',
-           'save_numbers', 'run_cards']
+           'write_table', 'write_forms', 'compare', 'open_report', 'against_paper', 'save_figure', 'save_numbers',
+           'run_cards']
 
 # %% ../nbs/13_tables.ipynb #041e5885
 import json
@@ -59,7 +59,7 @@ def wide(table: pd.DataFrame) -> pd.DataFrame:
     if not any(table.paper.notna()): out = out.drop(columns=["paper", "difference"], level=1)
     return out
 
-# %% ../nbs/13_tables.ipynb #cc2dcc4e
+# %% ../nbs/13_tables.ipynb #5b4f89ab
 def in_latex(text: str) -> str:
     "Text with the signs that plain LaTeX doesn't know spelt as commands."
     for sign, command in {"±": r"$\pm$", "≈": r"$\approx$", "▲": r"$\uparrow$", "▼": r"$\downarrow$"}.items(): text = text.replace(sign, command)
@@ -77,15 +77,13 @@ def flat(printed: pd.DataFrame) -> pd.DataFrame:
 def write_table(table: pd.DataFrame, stem):
     "Write `stem`.csv (tidy), `stem`.md (as printed, cut to the width of a page), .tex and .html (as printed)."
     printed = wide(table)
-    write_forms(table, flat(printed), stem)
-    with atomic(f"{stem}.md") as temporary: temporary.write_text("\n".join(as_markdown(flat(p)) for p in in_parts(printed)))
+    write_forms(table, flat(printed), stem, [flat(p) for p in in_parts(printed)])
 
-def as_markdown(printed: pd.DataFrame) -> str: return printed.to_markdown(index=False, disable_numparse=True) + "\n"
-
-def write_forms(tidy: pd.DataFrame, printed: pd.DataFrame, stem):
-    "Write `tidy` as `stem`.csv, and the strings of `printed` as .md, .tex and .html."
+def write_forms(tidy: pd.DataFrame, printed: pd.DataFrame, stem, parts: list | None = None):
+    "Write `tidy` as `stem`.csv, and the strings of `printed` as .md (in `parts`, if given), .tex and .html."
     texts = printed.map(str)
-    forms = {"csv": tidy.to_csv(index=False, float_format="%.2f"), "md": as_markdown(texts), "tex": texts.map(in_latex).to_latex(index=False), "html": texts.to_html(index=False, border=0) + "\n"}
+    markdown = "\n".join(p.map(str).to_markdown(index=False, disable_numparse=True) + "\n" for p in parts or [printed])
+    forms = {"csv": tidy.to_csv(index=False, float_format="%.2f"), "md": markdown, "tex": texts.map(in_latex).to_latex(index=False), "html": texts.to_html(index=False, border=0) + "\n"}
     for suffix, text in forms.items():
         with atomic(f"{stem}.{suffix}") as temporary: temporary.write_text(text)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Share', 'Count', 'Recipe', 'learning_rate', 'faster_format', 'chosen_format', 'make_optimiser', 'head_size',
            'Checkpoints', 'alone', 'State', 'training_step', 'check_state', 'averaged', 'show_progress',
-           'describe_device', 'devices_together', 'noted_interrupt', 'mean_of_all', 'pressed_in_any', 'check_agreement',
+           'describe_device', 'devices_together', 'noted_interrupt', 'mean_of_all', 'pressed_in_any', 'latest_of_all',
            'keep_freed_memory', 'ready', 'train', 'run_steps']
 
 # %% ../nbs/10_training.ipynb #4e17caf1
@@ -243,7 +243,7 @@ def noted_interrupt():
     finally:
         if main: signal.signal(signal.SIGINT, usual)
 
-# %% ../nbs/10_training.ipynb #2dfcedac
+# %% ../nbs/10_training.ipynb #273a3bc1
 def mean_of_all(accelerator, values: torch.Tensor) -> torch.Tensor:
     "The mean of `values` over the processes."
     return accelerator.reduce(values, "mean") if accelerator.num_processes > 1 else values
@@ -252,10 +252,13 @@ def pressed_in_any(accelerator, noted: list) -> bool:
     "Whether Ctrl-C was pressed in this process or another one."
     return bool(noted) if accelerator.num_processes == 1 else bool(mean_of_all(accelerator, torch.tensor([float(len(noted))], device=accelerator.device)) > 0)
 
-def check_agreement(accelerator, step: int):
-    "Refuse to train on from different states."
-    if accelerator.num_processes > 1 and len(steps := set(accelerator.gather(torch.tensor([step], device=accelerator.device)).tolist())) > 1:
-        raise ValueError(f"the processes found states of the steps {', '.join(map(str, sorted(steps)))}; they need one folder scratch/ that all of them see")
+def latest_of_all(accelerator, checkpoints: Checkpoints):  # -> tensors and notes of the state, or None
+    "The newest state, looked for when every process is here; a `ValueError` where they find different ones."
+    accelerator.wait_for_everyone()
+    found = checkpoints.latest()
+    steps = set(accelerator.gather(torch.tensor([found[1]["step"] if found else 0], device=accelerator.device)).tolist())
+    if len(steps) > 1: raise ValueError(f"the processes found states of the steps {', '.join(map(str, sorted(steps)))}; they need one folder scratch/ that all of them see")
+    return found
 
 # %% ../nbs/10_training.ipynb #192ac82c
 def keep_freed_memory():
@@ -273,17 +276,16 @@ def ready(accelerator, net, labels, way: int, shot: int, recipe: Recipe, names, 
     part = slice(accelerator.process_index, None, accelerator.num_processes) if accelerator.num_processes > 1 else slice(None)
     return wrapped, State(net, optimiser, episodes, recipe.average), part
 
-# %% ../nbs/10_training.ipynb #5ab31894
+# %% ../nbs/10_training.ipynb #4e6ae5b8
 def train(net, images, labels, targets, way: int, shot: int, recipe: Recipe, folder, names=None, parents=None, validate=None, validate_every: int = 1000, every: int = 50, save_seconds: float = 30.0):
     "Train `net` on uint8 `images`, labelled by `labels` and for the semantic loss by `targets`; `parents` are the parent categories of the classes. Returns the averaged network, the history, and a dictionary with seconds, speed, device and versions."
     accelerator, checkpoints = Accelerator(), Checkpoints(folder)
     with alone(folder) if accelerator.is_main_process else nullcontext():
-        found = checkpoints.latest()
+        found = latest_of_all(accelerator, checkpoints)
         precision = found[1]["devices"]["precision"] if found else chosen_format(accelerator, net, images, recipe.precision)
         wrapped, state, part = ready(accelerator, net, labels, way, shot, recipe, names, parents)
         if found: state.restore(*found)
         images, targets = images.to(accelerator.device), targets.to(accelerator.device)
-        check_agreement(accelerator, state.step)
         if state.step < recipe.steps: run_steps(accelerator, wrapped, state, images, targets, recipe, precision, part, checkpoints, validate, validate_every, every, save_seconds)
     about = {"training_seconds": round(state.seconds, 1), "steps_per_second": round(recipe.steps / max(state.seconds, 1e-9), 2), **state.devices}
     return averaged(state), pd.DataFrame(state.history), about

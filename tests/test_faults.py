@@ -231,7 +231,7 @@ def test_threads_agree(tmp_path, whole):
 # -- two processes of one training
 
 WORKER = """
-import json, os, signal, sys
+import json, os, signal, sys, time
 import torch, stanet.training as training, test_faults as t
 from stanet.packs import digest
 rank, folder = int(os.environ["RANK"]), sys.argv[1]
@@ -239,7 +239,9 @@ seen, saves, stopped = [], [], None
 gather, augment, advance, save = training.gather, training.augment, training.State.advance, training.Checkpoints.save
 def gathered(images, index): seen.append([index.tolist()]); return gather(images, index)
 def augmented(*args): out = augment(*args); seen[-1].append([digest(image.contiguous()) for image in out]); return out
-def saved(self, step, *rest): saves.append(step); save(self, step, *rest)
+def saved(self, step, *rest):
+    time.sleep(1)  # the other process is ahead of the one that writes
+    saves.append(step); save(self, step, *rest)
 def pressed(self, values):
     advance(self, values)
     if rank == 1 and self.step == 7: os.kill(os.getpid(), signal.SIGINT)
@@ -325,7 +327,8 @@ def test_one_waits_or_refuses_and_interrupt_saves(pipeline):
         assert (pipeline / "results" / "table4.csv").read_text() == before and first.poll() is None
     finally: os.killpg(first.pid, signal.SIGINT)
     said = first.communicate(timeout=300)[0]
-    assert re.search(r"^stanet: stopped and saved at step [\d,]+ of 100,000; the same command or cell goes on from there$", said, re.M) and "Traceback" not in said and "exited with 130" in said
+    assert re.search(r"^stanet: stopped and saved at step [\d,]+ of 100,000; the same command or cell goes on from there$", said, re.M) and "Traceback" not in said
+    assert re.search(r"exited with (130|-2)$", said, re.M)  # of `stanet`, or of the shell around it
     state, = (pipeline / "scratch").glob("glyphs-3-*")
     assert training.Checkpoints(state).latest()[1]["step"] > 0 and not list(pipeline.rglob("*.partial"))
 
