@@ -450,17 +450,18 @@ def with_palette(png: str) -> str:  # base64 -> base64
     Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB").quantize(128).save(small, "PNG", optimize=True)
     return base64.b64encode(small.getvalue()).decode()
 
-# %% ../nbs/14_experiment.ipynb #b55207d3
+# %% ../nbs/14_experiment.ipynb #5a6f7582
 def _kernel_manager():
     from jupyter_client.manager import AsyncKernelManager
     class Manager(AsyncKernelManager):
+        def __init__(self, **options): super().__init__(**options, transport="tcp" if os.name == "nt" else "ipc")  # sockets that are files, not open ports
         async def start_kernel(self, **options):
             await super().start_kernel(**options)
             try: asyncio.get_running_loop().add_signal_handler(signal.SIGINT, lambda: asyncio.ensure_future(self.interrupt_kernel()))
             except RuntimeError: pass  # not in the main thread, where Ctrl-C arrives
     return Manager
 
-# %% ../nbs/14_experiment.ipynb #ece92ce4
+# %% ../nbs/14_experiment.ipynb #be06e8d0
 def execute(notebook, output, parameters: dict):
     "Run a notebook by papermill from the project's folder; unknown parameters and a missing `parameters` tag are refused. A failed notebook is kept under scratch/; an interrupted one raises `KeyboardInterrupt`."
     notebook, output = Path(notebook), Path(output)
@@ -484,7 +485,8 @@ def _execute(notebook, output, parameters):
         if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGINT, usual)
     nb = json.loads(draft.read_text().replace(f"{root()}/", ""))  # a result doesn't tell where it was made
     nb["metadata"] = {k: nb["metadata"][k] for k in ("kernelspec", "language_info") if k in nb["metadata"]}
-    for cell in nb["cells"]:
+    for i, cell in enumerate(nb["cells"]):
+        cell["id"] = f"cell-{i}"  # papermill draws one for the cell that it puts in
         cell["metadata"] = {k: v for k, v in cell["metadata"].items() if k == "tags"}
         for data in (o["data"] for o in cell.get("outputs", []) if "image/png" in o.get("data", {})): data["image/png"] = with_palette(data["image/png"])
     with atomic(output) as temporary: temporary.write_text(json.dumps(nb, indent=1, ensure_ascii=False) + "\n")

@@ -114,11 +114,11 @@ def against_paper(table: pd.DataFrame, title: str = ""):
     figure.tight_layout()
     return figure
 
-# %% ../nbs/13_tables.ipynb #c7ef303e
+# %% ../nbs/13_tables.ipynb #20fbde1c
 def save_figure(figure, name: str, folder):
-    "Write `figure` as results/`name`.png and .svg of the project in `folder`."
+    "Write `figure` as results/`name`.png and .svg of the project in `folder`, the same bytes for the same figure."
     for suffix in ("png", "svg"):
-        with atomic(Path(folder) / "results" / f"{name}.{suffix}") as temporary: figure.savefig(temporary, dpi=100, format=suffix, bbox_inches="tight", metadata={"Date": None} if suffix == "svg" else None)
+        with atomic(Path(folder) / "results" / f"{name}.{suffix}") as temporary, plt.rc_context({"svg.hashsalt": name}): figure.savefig(temporary, dpi=100, format=suffix, bbox_inches="tight", metadata={"Date": None} if suffix == "svg" else None)
 
 # %% ../nbs/13_tables.ipynb #080f8711
 def save_numbers(numbers: pd.DataFrame, name: str, folder) -> pd.DataFrame:
