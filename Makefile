@@ -12,7 +12,7 @@ quickstart: env            ## the whole pipeline on the embedded data set, under
 	@cat results/quickstart.md; echo; echo "results/quickstart.ipynb shows the comparison, the curves and what attention looked at"
 
 test: env                  ## every notebook's checks and all of tests/
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 10
 
 docs: env                  ## the site, in _docs/
 	$(BIN)/python -m stanet.site

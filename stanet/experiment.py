@@ -174,7 +174,7 @@ def _extents(path, _, split):
     images = dict(zip(pack.classes, pack.labels.bincount(minlength=len(pack.classes)).tolist()))
     return {part: (len(classes), min(images[c] for c in classes)) for part in ("train", "val", "test") if (classes := getattr(make_split(split, pack), part))}
 
-# %% ../nbs/14_experiment.ipynb #d14aab38
+# %% ../nbs/14_experiment.ipynb #5d02f641
 def _tasks_fit(place: str, part: str, sizes: dict, way: int, images: int) -> list:  # problems of tasks of `way` classes with `images` images each
     if part not in sizes: return []
     classes, fewest = sizes[part]
@@ -192,23 +192,28 @@ def _buildable(shape, **config) -> str:  # why the network can't be built for im
     except (TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError) as error: return in_one_line(error)[:200]
     return ""
 
+def _unknown(place: str, named: dict, sets=()) -> list:  # problems of the names that stand in the fields `named`
+    packs = {*EXTENTS, *(p.stem for p in (root() / "packs").glob("*.sha256")), *(p.stem for p in (root() / "data").glob("*.safetensors"))}
+    known = {"pack": (packs, f"; there are {', '.join(sorted(packs))}"), "split": (known_splits(), f"; there are {', '.join(known_splits())}"), "task set": (sets, "")}
+    found = [f"{place}.{field}: there is no {what} {named[field]!r}{there}" for field, what in (("pack", "pack"), ("split", "split"), ("test", "task set")) for names, there in [known[what]] if field in named and named[field] not in names]
+    for field, module in (("backbone", stanet.embedding), ("attention", stanet.attention)):
+        kind = getattr(module, str(named.get(field)), None)
+        if field in named and not (isinstance(kind, type) and issubclass(kind, torch.nn.Module)): found.append(f"{place}.{field}: there is no {named[field]!r} in the notebooks")
+    return found
+
 def _network_fits(run: Run, pack: Path) -> list:  # problems of the network
     try: shape = pack_outline(pack).images.shape[1:] if pack.is_file() else None
     except ValueError: return []  # told with the task set
     if run.layers > 100: return [f"runs.{run.key}.layers: more than 100 can't be meant (found {run.layers})"]
-    for field, module in (("backbone", stanet.embedding), ("attention", stanet.attention)):
-        kind = getattr(module, getattr(run, field), None)
-        if not (isinstance(kind, type) and issubclass(kind, torch.nn.Module)): return [f"runs.{run.key}.{field}: there is no {getattr(run, field)!r} in the notebooks"]
+    if (found := _unknown(f"runs.{run.key}", {"backbone": run.backbone, "attention": run.attention})): return found
     why = _buildable(tuple(shape or (28, 28, 1)), **{k: getattr(run, k) for k in ("backbone", "width", "pools", "dropout", "way", "layers", "d_k", "d_v", "attention", "sigma")})
     return [f"runs.{run.key}: its network can't be built: {why}"] if why else []
 
-# %% ../nbs/14_experiment.ipynb #2706b281
+# %% ../nbs/14_experiment.ipynb #3978860d
 def _run_fits(run: Run, sets: dict, wrong: set) -> list:  # problems of a run with its task set, data and network; `wrong` are fields that have been refused already
     place, names, test = f"runs.{run.key}", known_splits(), sets.get(run.test)
-    found = []
-    if run.split not in names: found.append(f"{place}.split: there is no split {run.split!r}; there are {', '.join(names)}")
-    if run.test not in sets: found.append(f"{place}.test: there is no task set {run.test!r}")
-    elif test: found += [f"{place}.{f}: {getattr(run, f)!r}, but its task set {run.test} has {getattr(test, f)!r}" for f in ("pack", "split", "way", "shot") if f not in wrong and getattr(test, f) != getattr(run, f)]
+    found = _unknown(place, {"split": run.split, "test": run.test}, sets)
+    if test: found += [f"{place}.{f}: {getattr(run, f)!r}, but its task set {run.test} has {getattr(test, f)!r}" for f in ("pack", "split", "way", "shot") if f not in wrong and getattr(test, f) != getattr(run, f)]
     found += _network_fits(run, pack_path(run.pack)) if not wrong & {"pack", "width", "layers", "d_k", "d_v", "way", "pools", "attention", "backbone"} else []
     if run.split not in names or wrong & {"pack", "split", "way", "shot"}: return found
     try: sizes = extents(run.pack, run.split)
@@ -219,10 +224,7 @@ def _run_fits(run: Run, sets: dict, wrong: set) -> list:  # problems of a run wi
     return found + (_tasks_fit(place, "val", sizes, run.way, run.shot + 15) if run.validate_tasks else [])
 
 def _set_fits(name: str, t: TaskSet) -> list:  # problems of a task set with its data
-    packs = {*EXTENTS, *(p.stem for p in (root() / "packs").glob("*.sha256")), *(p.stem for p in (root() / "data").glob("*.safetensors"))}
-    found = [f"task_sets.{name}.pack: there is no pack {t.pack!r}; there are {', '.join(sorted(packs))}"] * (t.pack not in packs)
-    found += [f"task_sets.{name}.split: there is no split {t.split!r}; there are {', '.join(known_splits())}"] * (t.split not in known_splits())
-    if found: return found
+    if (found := _unknown(f"task_sets.{name}", {"pack": t.pack, "split": t.split})): return found
     try: return _tasks_fit(f"task_sets.{name}", "test", extents(t.pack, t.split), t.way, t.shot + t.query)
     except ValueError as error: return [f"task_sets.{name}.pack: {in_one_line(error)}"]
 
@@ -243,7 +245,7 @@ def _reports_fit(cells: dict, reports: list, runs) -> list:  # problems of repor
         if places.count((c.report, c.run)) > 1: found.append(f"cells.{name}.run: {c.run!r} stands in {c.report} more than once")
     return found
 
-# %% ../nbs/14_experiment.ipynb #661d5ad7
+# %% ../nbs/14_experiment.ipynb #775a8c23
 def _recipe_known(place: str, fields: dict, recipes: dict) -> list:
     recipe = fields.get("recipe")
     return [] if isinstance(recipe, str) and recipe in recipes else [f"{place}.recipe: there is no such recipe; there are {', '.join(recipes)} {_found(recipe)}"]
@@ -265,12 +267,13 @@ def problems_of(raw, thorough: bool = True) -> tuple[Params | None, list]:
     for name, fields in recipes.items():
         _, lines, wrong = _fields(f"recipes.{name}", Recipe, fields, partial=True)
         found += lines; bad |= {(name, field) for field in wrong}
-    for name, fields in all_of["networks"].items():
-        found += _fields(f"networks.{name}", Run, {k: v for k, v in fields.items() if k != "recipe"}, partial=True)[1]
-        if "recipe" in fields: found += _recipe_known(f"networks.{name}", fields, recipes)
     for name, fields in all_of["task_sets"].items():
         sets[name], lines, _ = _fields(f"task_sets.{name}", TaskSet, fields)
         found += lines + (_set_fits(name, sets[name]) if sets[name] else [])
+    for name, fields in all_of["networks"].items():
+        _, lines, wrong = _fields(f"networks.{name}", Run, {k: v for k, v in fields.items() if k != "recipe"}, partial=True)
+        found += lines + _unknown(f"networks.{name}", {k: v for k, v in fields.items() if k not in wrong}, sets)
+        if "recipe" in fields: found += _recipe_known(f"networks.{name}", fields, recipes)
     for key, fields in all_of["runs"].items():
         runs[key], wrong, lines = _resolved(key, fields, recipes, bad)
         found += lines + (_run_fits(runs[key], sets, wrong) if runs[key] and thorough else [])

@@ -7,6 +7,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes share the co
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 
+SLOW = ["test_pipeline.py", "test_faults.py"]  # first, one for each of two test processes
+
+
+def pytest_collection_modifyitems(items): items.sort(key=lambda item: SLOW.index(item.path.name) if item.path.name in SLOW else len(SLOW))
+
 
 def run(*command, cwd, check=True, **options):
     "Run a command of this environment in `cwd`, with the package that lies there; returns the finished process with its output."

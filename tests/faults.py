@@ -10,9 +10,10 @@ from typing import Callable, NamedTuple
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the runs are forked from this process, which must have no other threads
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import torch, torch._dynamo, yaml  # torch imports _dynamo with the first optimiser: once here instead of in every run
-import stanet.episodes, stanet.experiment as experiment, stanet.network as network, stanet.packs as packs, stanet.training as training
+import numpy as np, torch, torch._dynamo, yaml  # torch imports _dynamo with the first optimiser: once here instead of in every run
+import stanet.episodes, stanet.experiment as experiment, stanet.network as network, stanet.packs as packs, stanet.sources as sources, stanet.training as training
 from accelerate import Accelerator
+from PIL import Image
 from stanet.glyphs import glyphs
 
 KEY = "glyphs-5w1s-stanet3"
@@ -336,11 +337,87 @@ def change_yaml(data: bytes, dice: random.Random) -> tuple[bytes, bool | None]:
     return out.encode(), True
 
 
+def images(n, mode="RGB"):
+    "`n` small pictures."
+    return [Image.fromarray(np.random.default_rng(i).integers(0, 256, (12, 12, 3), dtype=np.uint8)).convert(mode) for i in range(n)]
+
+
+def encoded(kind):
+    data = io.BytesIO()
+    images(1)[0].save(data, kind)
+    return data.getvalue()
+
+
+def cifar_part(part):
+    "One of the three files of a CIFAR-100 with four classes of two images."
+    if part == "meta": return pickle.dumps({"fine_label_names": list("abcd"), "coarse_label_names": ["x", "y"]}, protocol=2)
+    first = part == "test"
+    return pickle.dumps({b"data": np.random.default_rng(first).integers(0, 256, (4, 3072), dtype=np.uint8), b"fine_labels": [0, 1, 2, 3], b"coarse_labels": [0, 0, 1, 1], b"filenames": [f"{c}{int(first)}.png".encode() for c in "abcd"]}, protocol=2)
+
+
+def mini_list(part): return ("filename,label\n" + "".join(f"n{c:08d}{i:08d}.jpg,n{c:08d}\n" for c in [("train", "val", "test").index(part) + 1] for i in (1, 2, 3))).encode()
+
+
+def mini_cache(part):
+    number = ("train", "val", "test").index(part)
+    return pickle.dumps({"image_data": np.random.default_rng(number).integers(0, 256, (4, 12, 12, 3), dtype=np.uint8), "class_dict": {f"n{number}": [0, 1], f"m{number}": [2, 3]}}, protocol=2)
+
+
+RECORDED = {}  # name -> digest of the pack that was read first, from a sound file
+
+
+def recorded(name, pack):
+    "The digest of a pack, if it is the recorded one; else what `stanet data verify` says."
+    sha = packs.pack_digest(pack)
+    if sha != RECORDED.setdefault(name, sha): raise ValueError(f"{name}: the pack's hash isn't the recorded one")
+    return sha
+
+
+def load_source(read, lay):
+    "A reader for one file of a source: `lay(folder, path)` puts the file at `path` and sound ones into a folder, which `read` reads."
+    def load(path):
+        with tempfile.TemporaryDirectory() as folder:
+            tree = Path(folder) / path.name
+            tree.mkdir()
+            lay(tree, path)
+            return recorded(path.name, read(tree))
+    return load
+
+
+def lay_cifar(tree, path):
+    for part in ("meta", "test"): (tree / part).write_bytes(cifar_part(part))
+    shutil.copy(path, tree / "train")
+
+
+def lay_cache(tree, path):
+    for part in ("val", "test"): (tree / f"mini-imagenet-cache-{part}.pkl").write_bytes(mini_cache(part))
+    shutil.copy(path, tree / "mini-imagenet-cache-train.pkl")
+
+
+def lay_mini(tree, path):
+    (tree / "images").mkdir()
+    for part in ("val", "test"): (tree / f"{part}.csv").write_bytes(mini_list(part))
+    shutil.copy(path, tree / "train.csv")
+    names = [line.split(",")[0] for part in ("train", "val", "test") for line in mini_list(part).decode().splitlines()[1:]]
+    for name, image in zip(names, images(9)): image.save(tree / "images" / name)
+
+
+def lay_class(tree, path):
+    for c in "ab": (tree / c).mkdir()
+    for c, image in zip("aabb", images(4)): image.save(tree / c / f"{len(list((tree / c).iterdir()))}.bmp")
+    shutil.copy(path, tree / "a")
+
+
 FORMATS = [
     Format("pack.safetensors", lambda: written(lambda p: packs.save_pack(small_pack(), p)), lambda p: packs.pack_digest(packs.load_pack(p))),
     Format("tasks.safetensors", lambda: written(lambda p: stanet.episodes.save_tasks(small_tasks(), p, "a" * 64)), lambda p: stanet.episodes.tasks_digest(stanet.episodes.load_tasks(p, "a" * 64))),
     Format("model.safetensors", lambda: written(lambda p: network.save_network(small_net(), p, key="small")), load_weights),
     Format("state.safetensors", lambda: state_file()[1], load_state),
+    Format("cifar-100-python", lambda: cifar_part("train"), load_source(lambda f: sources.read_cifar100(f, {"classes": 4, "parents": 2, "images": 2}), lay_cifar)),
+    Format("mini-imagenet-cache-train.pkl", lambda: mini_cache("train"), load_source(lambda f: sources.read_mini(f, 12, {"classes": 6, "images": 2}), lay_cache)),
+    Format("train.csv", lambda: mini_list("train"), load_source(lambda f: sources.read_mini(f, 12, {"classes": 3, "images": 3}), lay_mini)),
+    Format("image.png", lambda: encoded("PNG"), load_source(lambda f: sources.read_folder(f, 12), lay_class)),
+    Format("image.jpg", lambda: encoded("JPEG"), load_source(lambda f: sources.read_folder(f, 12), lay_class)),
     Format("params.yaml", lambda: (ROOT / "params.yaml").read_bytes(), load_yaml, change_yaml),
 ]
 

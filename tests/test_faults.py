@@ -111,6 +111,8 @@ def run_of(params): return params["runs"]["omniglot-5w1s-stanet1"]
     (lambda p: p["task_sets"]["omniglot-5w1s"].update(pack="imagenet"), "task_sets.omniglot-5w1s.pack: there is no pack 'imagenet'"),
     (lambda p: p["recipes"]["choice"].update(momentum=0.9), "recipes.choice.momentum: Extra inputs are not permitted"),
     (lambda p: p["networks"]["glyphs"].update(depth=3), "networks.glyphs.depth: Extra inputs are not permitted"),
+    (lambda p: p["networks"]["glyphs"].update(pack="letters"), "networks.glyphs.pack: there is no pack 'letters'"),
+    (lambda p: p["networks"]["glyphs"].update(attention="Soft"), "networks.glyphs.attention: there is no 'Soft'"),
     (lambda p: p.update(runs=[]), "runs: a mapping is expected (found [])"),
     (lambda p: p.update(figures=[]), "figures: there is no such section"),
     (lambda p: p["runs"].update({"a b; rm": {}}), "runs.a b; rm: a name is of small letters"),
