@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from .episodes import Tasks, gather
 
-# %% ../nbs/11_evaluation.ipynb #8d34dd34
+# %% ../nbs/11_evaluation.ipynb #385aaece
 @torch.no_grad()
-def embed_images(net, images: torch.Tensor, batch: int = 500) -> torch.Tensor:  # uint8 (n, h, w, c) -> (n, n_ch, h_f, w_f)
+def embed_images(net, images: torch.Tensor, batch: int = 64) -> torch.Tensor:  # uint8 (n, h, w, c) -> (n, n_ch, h_f, w_f)
     "Feature maps of all images, in float32."
     device = next(net.parameters()).device
     index = torch.arange(len(images))

@@ -12,7 +12,7 @@ __all__ = ['NAME', 'SECTIONS', 'EXTENTS', 'NO_RESULT', 'app', 'data_app', 'Run',
            'tasks', 'find_run', 'interruptible', 'train_command', 'fit_command', 'report', 'with_results',
            'bench_command', 'readme', 'main']
 
-# %% ../nbs/14_experiment.ipynb #8089f754
+# %% ../nbs/14_experiment.ipynb #602e3d42
 import ast, asyncio, base64, functools, hashlib, io, json, os, re, signal, symtable, sys, threading
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from .network import build, network_size, outline, save_network
 from .packs import Pack, atomic, class_parents, digest, in_one_line, load_pack, pack_digest, save_pack, select, semantic_targets, twins, without
 from .splits import make_split, quarter_turns
-from .training import Count, Recipe, Share, alone, train
+from .training import Count, Recipe, Share, alone, keep_freed_memory, train
 
 # %% ../nbs/14_experiment.ipynb #08adf45d
 class Run(Recipe):
@@ -419,10 +419,11 @@ def fit(run: Run, pack: Pack):  # -> network, history, what is known of the trai
         validate = lambda net: accuracy(score(net, embed_images(net, unseen.images), tasks), 15 * run.way)[0]
     return train(net, training.images, training.labels, targets, run.way, run.shot_in_training, run, scratch_folder(run, pack), training.classes, class_parents(training), validate, run.validate_every)
 
-# %% ../nbs/14_experiment.ipynb #cd63d885
+# %% ../nbs/14_experiment.ipynb #50859ff2
 def measure(run: Run, net, pack: Pack, tasks):  # -> correct answers of each task, maps of all test images, test pack
     "Score a trained network on the test tasks."
     unseen = select(pack, make_split(run.split, pack).test)
+    keep_freed_memory()
     maps = embed_images(net, unseen.images)
     return score(net, maps, tasks), maps, unseen
 
