@@ -507,10 +507,11 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 data_app = typer.Typer(no_args_is_help=True, help="Real data sets, as packs under data/.")
 app.add_typer(data_app, name="data")
 
-# %% ../nbs/14_experiment.ipynb #d4af6a2b
+# %% ../nbs/14_experiment.ipynb #d9fe4fd8
 @contextmanager
 def _importing(path: Path):
     "Reading and writing of one pack: the system's refusals become one line."
+    made = not path.parent.exists()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
@@ -519,7 +520,7 @@ def _importing(path: Path):
         yield
     except (OSError, SafetensorError) as error: raise ValueError(f"{getattr(error, 'filename', None) or path}: {getattr(error, 'strerror', None) or error}; see that it can be read and written and has room") from None
     finally:
-        if path.parent.is_dir() and not any(path.parent.iterdir()): path.parent.rmdir()
+        if made and path.parent.is_dir() and not any(path.parent.iterdir()): path.parent.rmdir()
 
 def _import(name: str, folder, size=None, grey=False):
     check_name(name)
