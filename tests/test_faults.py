@@ -7,7 +7,7 @@ import faults
 import stanet.experiment as experiment, stanet.packs as packs, stanet.training as training
 from conftest import BIN, ROOT, clone, edit_params, run
 from stanet.glyphs import glyphs
-from stanet.network import build
+from stanet.network import build, take
 
 KEY = faults.KEY
 CONFIG = dict(backbone="Conv64", channels=1, width=8, pools=2, way=5, layers=2, d_k=8, d_v=8, attention="SpatialAttention", n_semantic=16, mean=[0.5], std=[0.3])
@@ -214,6 +214,23 @@ def test_weights_that_are_not_finite(tmp_path, monkeypatch, value):
     monkeypatch.setattr(training.State, "advance", advance)
     with pytest.raises(FloatingPointError, match=r"step 10: the loss is [\d.]+, and 1 of \d+ tensors are not finite, the first of them layers.1.task.W_v.weight"): toy_run(tmp_path)
     assert training.Checkpoints(tmp_path).latest()[1]["step"] == 5
+
+
+def gradients(threads, look_up):  # of maps that stand in many tasks
+    usual = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        dice = torch.Generator().manual_seed(0)
+        maps = torch.randn(240, 64, 4, 4, generator=dice).to(memory_format=torch.channels_last).requires_grad_()
+        index = torch.randint(240, (64, 20), generator=dice)
+        (look_up(maps, index) * torch.randn(64, 20, 64, 4, 4, generator=dice)).sum().backward()
+        return maps.grad
+    finally: torch.set_num_threads(usual)
+
+
+def test_gradients_are_the_same_every_time():
+    assert len({packs.digest(gradients(threads, take).contiguous()) for threads in (1, 2, 2, 2, 2, 4)}) == 1
+    assert torch.allclose(gradients(1, take), gradients(1, lambda maps, index: maps[index]))
 
 
 def test_threads_agree(tmp_path, whole):
