@@ -447,11 +447,11 @@ def record(run: Run, net, history, trained: dict, correct, tasks, pack: Pack, ex
         with atomic(folder / name) as temporary: temporary.write_text(json.dumps(content, indent=1) + "\n")
     return metrics
 
-# %% ../nbs/14_experiment.ipynb #54488e0f
+# %% ../nbs/14_experiment.ipynb #18a9648d
 def with_palette(png: str) -> str:  # base64 -> base64
-    "A picture in 256 colours: executed notebooks are kept in git and should stay small."
+    "A picture in the 128 colours that fit it best: executed notebooks are kept in git and should stay small."
     small = io.BytesIO()
-    Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB").quantize(256, kmeans=3).save(small, "PNG", optimize=True)
+    Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB").quantize(128, kmeans=3).save(small, "PNG", optimize=True)
     return base64.b64encode(small.getvalue()).decode()
 
 # %% ../nbs/14_experiment.ipynb #5a6f7582

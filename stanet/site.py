@@ -90,7 +90,7 @@ def local_links(cell):
     start = re.escape(f"{cfg.doc_host}{cfg.doc_baseurl}".rstrip("/"))
     cell.source = re.sub(rf"\]\({start}/([^)#]*)(?:#(\w+)[^)]*)?\)", lambda m: f"](/{m[1]}" + (f"#{m[2]}" if m[2] else "") + ")", cell.source)
 
-# %% ../nbs/16_site.ipynb #c25493a5
+# %% ../nbs/16_site.ipynb #0eb8f23f
 def plain(markdown: str, length: int = 220) -> str:
     "The beginning of a Markdown text without its marks, for descriptions."
     text = re.sub(r"\[([^\]]*)\]\([^)]*\)|\$([^$]*)\$|^#+ .*$|^\|.*$|[*`>]", lambda m: m[1] or m[2] or "", markdown, flags=re.M)
@@ -98,7 +98,7 @@ def plain(markdown: str, length: int = 220) -> str:
     return text if len(text) <= length else text[:length].rsplit(" ", 1)[0] + " ..."
 
 def picture(png: str, alt: str, scale: int = 1) -> str:  # base64 -> HTML
-    "An image of an output as HTML, in 256 colours, with its text and its size in CSS pixels."
+    "An image of an output as HTML, in 128 colours, with its text and its size in CSS pixels."
     width = Image.open(io.BytesIO(base64.b64decode(png))).width // scale
     return f'<img src="data:image/png;base64,{with_palette(png)}" alt="{html.escape(alt)}" width="{width}" class="img-fluid">'
 

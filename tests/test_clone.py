@@ -33,7 +33,7 @@ def test_run_is_complete(key):
     assert {p.name for p in folder.iterdir()} == {"model.safetensors", "metrics.json", "history.csv", "tasks.npz", "card.json", "train.ipynb"}
     card = json.loads((folder / "card.json").read_text())
     assert card["metrics"] == json.loads((folder / "metrics.json").read_text()) and card["run"]["key"] == key
-    assert (folder / "train.ipynb").stat().st_size < 300_000
+    assert (folder / "train.ipynb").stat().st_size < 200_000
 
 
 def drawing(shape, dx=0, dy=0):
