@@ -136,8 +136,8 @@ def _fields(place: str, model, fields: dict, partial=False, place_of=None) -> tu
     lines = [f"{'.'.join([place, *map(str, e['loc'][:1])])}: {in_one_line(e['msg'])}{' ' + _found(e['input']) if e['loc'] else ''}" for e in errors]
     return None, lines, {e["loc"][0] for e in errors if e["loc"]}
 
-# %% ../nbs/14_experiment.ipynb #4bdf8fba
-_CIFAR = {s: {"train": (60 if "choice" in s else 80, 600), "test": (20, 600)} for s in ("cifar_easy", "cifar_moderate", "cifar_hard", "cifar_easy_choice", "cifar_moderate_choice", "cifar_hard_choice")}
+# %% ../nbs/14_experiment.ipynb #df49c8fd
+_CIFAR = {f"cifar_{s}{end}": {"train": (60 if end == "_choice" else 80, 600), "test": (20, 600)} for s in ("easy", "moderate", "hard") for end in ("", "_draw1", "_draw2", "_draw3", "_choice")}
 EXTENTS = {  # pack -> split -> part -> classes, images of the smallest class
     "omniglot": {"omniglot": {"train": (1200, 20), "test": (423, 20)}, "omniglot_choice": {"train": (1065, 20), "test": (135, 20)}},
     "cifar100": _CIFAR,
