@@ -11,7 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the runs are forked from this p
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import numpy as np, torch, torch._dynamo, yaml  # torch imports _dynamo with the first optimiser: once here instead of in every run
-import stanet.episodes, stanet.experiment as experiment, stanet.network as network, stanet.packs as packs, stanet.sources as sources, stanet.training as training
+import stanet.episodes, stanet.experiment as experiment, stanet.parameters as parameters, stanet.network as network, stanet.packs as packs, stanet.sources as sources, stanet.training as training
 from accelerate import Accelerator
 from PIL import Image
 from stanet.glyphs import glyphs
@@ -44,10 +44,10 @@ def make_project(folder: Path):
 def whole_run():
     "What the training notebook does: fit, measure, record. A row of the history every 5 steps and a state with each."
     training.train.__defaults__ = tuple(0.0 if d == 30.0 else 5 if d == 50 else d for d in training.train.__defaults__)
-    run = experiment.find_run(KEY)
+    run = parameters.find_run(KEY)
     pack = experiment.load_data(run.pack)
     net, history, trained = experiment.fit(run, pack)
-    tasks = experiment.task_set(run.test, experiment.load_params().task_sets[run.test], pack)
+    tasks = experiment.task_set(run.test, parameters.load_params().task_sets[run.test], pack)
     correct, _, _ = experiment.measure(run, net, pack, tasks)
     experiment.record(run, net, history, trained, correct, tasks, pack)
 
@@ -262,7 +262,7 @@ def load_state(path):
 
 
 def load_yaml(path):
-    params = experiment.load_params(path)
+    params = parameters.load_params(path)
     return packs.digest(text=json.dumps(params.model_dump(), sort_keys=True))
 
 
@@ -425,7 +425,7 @@ FORMATS = [
 def same_values(text) -> bool:
     "Whether another YAML reader, DVC's, finds in the text what the project found, with no key twice."
     from ruamel.yaml import YAML
-    try: return YAML(typ="safe", pure=True).load(text) == experiment.read_yaml(text)[0]
+    try: return YAML(typ="safe", pure=True).load(text) == parameters.read_yaml(text)[0]
     except Exception: return False
 
 

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 from safetensors import SafetensorError
 from conftest import BIN, ROOT
-from stanet import experiment, packs, sources
+from stanet import cli, experiment, packs, sources
 from stanet.packs import load_pack, pack_digest
 from stanet.splits import MINI
 
@@ -31,7 +31,7 @@ def place(tmp_path, monkeypatch):
 def stanet(*command) -> str:
     "The command, run in this process: its one line of error, or nothing."
     before, sys.argv = sys.argv, ["stanet", *map(str, command)]
-    try: experiment.main()
+    try: cli.main()
     except SystemExit as end:
         assert end.code in (0, None) or (isinstance(end.code, str) and end.code.startswith("stanet: ") and (len(end.code.splitlines()) == 1 or end.code.startswith("stanet: params.yaml: "))), end.code
         return end.code or ""
@@ -312,7 +312,7 @@ def test_targets_that_cannot_be_written(place, monkeypatch):
     (place / "data").unlink()
     def full(*_, **__): raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
     def locked(*_, **__): raise PermissionError(13, "Permission denied", str(place / "data"))
-    for module, name, error, says in ((packs, "save_file", full, "No space left on device"), (experiment.tempfile, "TemporaryFile", locked, "Permission denied")):
+    for module, name, error, says in ((packs, "save_file", full, "No space left on device"), (cli.tempfile, "TemporaryFile", locked, "Permission denied")):
         with monkeypatch.context() as m:
             m.setattr(module, name, error)
             answer = refused(place, "data", "import", "my-own", source)
@@ -353,7 +353,7 @@ def test_interrupted_import_leaves_the_old_pack(place, monkeypatch):
 
 def test_verify(place, capsys, monkeypatch):
     for name in ("omniglot", "cifar100", "mini"): assert stanet("data", "import", name, SMALL[name](place / "raw" / name)) == ""
-    monkeypatch.setitem(experiment.SUMMARIES, "omniglot", {})  # the small Omniglot has no test characters
+    monkeypatch.setitem(cli.SUMMARIES, "omniglot", {})  # the small Omniglot has no test characters
     capsys.readouterr()
     assert stanet("data", "verify") == ""
     said = capsys.readouterr().out
@@ -403,7 +403,7 @@ def test_own_images_make_a_run(place):
     (place / "params.yaml").write_text(OWN)
     assert stanet("data", "import", "my-own", small_tree(place / "raw", images=8), "--size", 24) == ""
     for command in ("check",), ("tasks", "my-own-2w1s"), ("fit", "my-own-2w1s"): assert stanet(*command) == ""
-    chosen, pack = experiment.find_run("my-own-2w1s"), load_pack(place / "data/my-own.safetensors")
+    chosen, pack = cli.find_run("my-own-2w1s"), load_pack(place / "data/my-own.safetensors")
     net, history, _ = experiment.fit(chosen, pack)  # finished already, and found
     correct, _, unseen = experiment.measure(chosen, net, pack, experiment.load_tasks(place / "tasks/my-own-2w1s.safetensors", pack_digest(pack)))
     assert len(correct) == 50 and len(unseen.classes) == 2 and len(pack.classes) == 12

@@ -4,7 +4,7 @@ from pathlib import Path
 import nbformat, pytest, torch, yaml
 from hypothesis import HealthCheck, given, settings, strategies as st
 import faults
-import stanet.experiment as experiment, stanet.packs as packs, stanet.training as training
+import stanet.experiment as experiment, stanet.parameters as parameters, stanet.packs as packs, stanet.training as training
 from conftest import BIN, ROOT, clone, edit_params, run
 from stanet.glyphs import glyphs
 from stanet.network import build, take
@@ -67,7 +67,7 @@ def test_any_torn_state_is_passed_over(tmp_path, place, bit, cut):
 def test_other_parameters_code_or_data_have_another_state(tmp_path, monkeypatch):
     faults.make_project(tmp_path / "project")
     monkeypatch.chdir(tmp_path / "project")
-    run, pack = experiment.find_run(KEY), glyphs(classes=40, per_class=8)
+    run, pack = parameters.find_run(KEY), glyphs(classes=40, per_class=8)
     here = experiment.scratch_folder(run, pack)
     training.Checkpoints(here).save(40, *faults.STATES[0])
     assert training.Checkpoints(experiment.scratch_folder(run, pack)).latest() is not None
@@ -123,16 +123,16 @@ def test_parameters_that_do_not_fit(change, answer):
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params = json.loads(json.dumps(params))  # without the sharing of YAML's anchors
     change(params)
-    none, found = experiment.problems_of(params)
+    none, found = parameters.problems_of(params)
     assert none is None and any(line.startswith(answer) for line in found), found
 
 
 def test_extents_are_those_of_the_data():
-    for name, splits in experiment.EXTENTS.items():
+    for name, splits in parameters.EXTENTS.items():
         for split, parts in splits.items():
             text = ROOT / "nbs" / "splits" / f"{split}.txt"
             if text.is_file(): assert {part: sum(line.startswith(f"{part}\t") for line in text.read_text().splitlines()) for part in parts} == {part: n for part, (n, _) in parts.items()}
-            if experiment.pack_path(name).is_file(): assert experiment.extents(name, split) == parts
+            if parameters.pack_path(name).is_file(): assert parameters.extents(name, split) == parts
 
 
 # -- weights and pickles

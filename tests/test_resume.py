@@ -6,11 +6,12 @@ from conftest import clone, edit_params, run
 KEY = "glyphs-5w1s-stanet3"
 FIT = """
 import sys, stanet.experiment as e, stanet.training as t
+from stanet.parameters import find_run
 from stanet.glyphs import glyphs
 from stanet.packs import digest
 t.train.__defaults__ = tuple(0.0 if d == 30.0 else 5 if d == 50 else d for d in t.train.__defaults__)  # a state at every row of the history, a row every 5 steps
 print("started", flush=True)
-net, history, _ = e.fit(e.find_run(sys.argv[1]), glyphs(classes=12, per_class=8))
+net, history, _ = e.fit(find_run(sys.argv[1]), glyphs(classes=12, per_class=8))
 print("weights", digest(*net.state_dict().values()), digest(text=history.to_csv()), flush=True)
 """
 

@@ -109,7 +109,8 @@ def test_every_run_of_a_table_is_one_click_away(pages):
 
 
 def test_reference_comes_from_the_code(pages):
-    from stanet.experiment import Run, app
+    from stanet.cli import app
+    from stanet.parameters import Run
     params, command = ((DOCS / "reference" / f"{n}.html").read_text() for n in ("params", "command"))
     assert [f for f in Run.model_fields if f"<code>{f}</code>" not in params] == []
     assert [c.name or c.callback.__name__ for c in app.registered_commands if f"stanet {c.name or c.callback.__name__}" not in command] == []
