@@ -337,9 +337,9 @@ def change_yaml(data: bytes, dice: random.Random) -> tuple[bytes, bool | None]:
     return out.encode(), True
 
 
-def images(n, mode="RGB"):
+def images(n):
     "`n` small pictures."
-    return [Image.fromarray(np.random.default_rng(i).integers(0, 256, (12, 12, 3), dtype=np.uint8)).convert(mode) for i in range(n)]
+    return [Image.fromarray(np.random.default_rng(i).integers(0, 256, (12, 12, 3), dtype=np.uint8)) for i in range(n)]
 
 
 def encoded(kind):
