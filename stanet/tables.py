@@ -101,7 +101,7 @@ def open_report(name: str, folder) -> tuple[pd.DataFrame, dict]:  # tidy table, 
     metrics = read_metrics(Path(folder) / "results" / "cells" / name)
     return tidy(pd.read_csv(Path(folder) / "nbs" / "results" / "paper.csv").query("report == @name"), metrics), metrics
 
-# %% ../nbs/13_tables.ipynb #2b7d6336
+# %% ../nbs/13_tables.ipynb #1a8bc520
 def against_paper(table: pd.DataFrame, title: str = ""):
     "Paper and reproduction side by side, one line a measured cell; returns the figure, with a note where nothing has been measured."
     cells = table.dropna(subset=["ours"]).reset_index(drop=True)
@@ -110,8 +110,9 @@ def against_paper(table: pd.DataFrame, title: str = ""):
         axis.errorbar(cells[kind], cells.index + offset, xerr=cells[f"{kind}_ci"], fmt=marker, color=colour, label=kind, capsize=3)
     axis.set_yticks(cells.index, [f"{c.dataset}, {c.shot}-shot, {c.variant}" for c in cells.itertuples()])
     axis.set(xlabel="accuracy (%)", title=title if len(cells) else f"{title}: nothing has been run yet")
-    axis.invert_yaxis(); axis.legend()
+    axis.invert_yaxis()
     figure.tight_layout()
+    figure.legend(*axis.get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2)
     return figure
 
 # %% ../nbs/13_tables.ipynb #20fbde1c
