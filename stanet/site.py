@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MEASURED', 'STROKES', 'RunCells', 'split_title', 'OrderSignatures', 'fold_signature', 'local_links', 'plain',
            'picture', 'describe_pictures', 'render_notebook', 'imported', 'page_hash', 'kept_page', 'render_and_keep',
-           'executed', 'linked_table', 'page_of', 'front', 'report_page', 'rows_of', 'as_text', 'card_tables',
+           'executed', 'linked', 'linked_table', 'page_of', 'front', 'report_page', 'rows_of', 'as_text', 'card_tables',
            'run_page', 'overview', 'drawing_of', 'invented_task', 'type_of', 'fields_of', 'params_page', 'command_page',
            'notebooks', 'write_sidebar', 'Site', 'katex', 'make_offline', 'write_pages', 'main']
 
@@ -166,7 +166,13 @@ def executed(sources: list) -> list:  # the kept pages
     for old in set((root() / "scratch" / "site").glob("*")) - set(kept): old.unlink()
     return kept
 
-# %% ../nbs/18_site.ipynb #11e13acf
+# %% ../nbs/18_site.ipynb #1b1dd869
+def linked(text: str, keys: str) -> str:  # a figure, the keys of its runs -> HTML
+    "The figure as a link to its run; behind a mean of several runs, a number for each of them."
+    keys = keys.split()
+    if len(keys) == 1: return f'<a href="/runs/{keys[0]}.html">{text}</a>'
+    return text + " <sup>" + " ".join(f'<a href="/runs/{k}.html" title="{k}">{i}</a>' for i, k in enumerate(keys)) + "</sup>"
+
 def linked_table(table: pd.DataFrame) -> str:  # the tidy table of a report -> HTML
     "The table as printed, each of our figures a link to its run."
     table = table.assign(**{c: table[c].astype(object).where(table[c].notna(), None) for c in ("variant", "run")})
@@ -174,7 +180,7 @@ def linked_table(table: pd.DataFrame) -> str:  # the tidy table of a report -> H
     for column in printed.columns:
         if "ours" not in column: continue
         key_of = keys[column]
-        printed[column] = [f'<a href="/runs/{k}.html">{v}</a>' if k else f'<span class="absent">{v}</span>' for v, k in zip(printed[column], key_of)]
+        printed[column] = [linked(v, k) if k else f'<span class="absent">{v}</span>' for v, k in zip(printed[column], key_of)]
     return "\n".join(p.reset_index().to_html(index=False, border=0, escape=False, sparsify=True, classes="results") for p in in_parts(printed))
 
 # %% ../nbs/18_site.ipynb #84780692
@@ -192,7 +198,7 @@ def front(title: str, description: str = "") -> object:
     "A front matter cell; without a table of contents beside it, a page of figures has room for its tables."
     return mk_cell("---\n" + yaml.safe_dump({"title": title, "description": description, "toc": False}, allow_unicode=True) + "---", "raw")
 
-# %% ../nbs/18_site.ipynb #b274ea43
+# %% ../nbs/18_site.ipynb #c490b6c2
 def report_page(path: Path) -> list:  # cells
     "The page of the executed report at `path`, with its table linked to run cards and offered as files."
     cells = page_of(path)
@@ -201,7 +207,7 @@ def report_page(path: Path) -> list:  # cells
     forms = ", ".join(f"[{s.upper()}](/results/{path.stem}.{s})" for s in ("csv", "tex", "svg", "png") if path.with_suffix(f".{s}").is_file())
     made = f"{get_config().git_url}/blob/{get_config().branch}/nbs/results/{path.name}"
     table = pd.read_csv(path.with_suffix(".csv"))
-    html = f"::: {{.printed}}\n\n```{{=html}}\n{linked_table(table)}\n```\n\n:::\n\nEach figure of ours leads to its run. " if "run" in table else ""
+    html = f"::: {{.printed}}\n\n```{{=html}}\n{linked_table(table)}\n```\n\n:::\n\nEach figure of ours leads to its run{', and a mean by the small numbers to each of its runs' if table.run.astype(str).str.contains(' ').any() else ''}. " if "run" in table else ""
     shown = mk_cell(f"{html}Files: {forms}; the [notebook]({made}) that made them.", "markdown")
     at = next((i for i, c in enumerate(cells) if re.search(r"^wide\(\w+\)$", c.source, re.M)), len(cells) - 1)
     if "run" in table: cells[at].outputs = []
