@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'WHOLE', 'student_interval', 'read_metrics', 'tidy', 'figure_of', 'difference_of', 'wide', 'in_latex',
-           'in_parts', 'flat', 'write_table', 'write_forms', 'compare', 'open_report', 'against_paper', 'save_figure',
-           'save_numbers', 'run_cards']
+           'in_parts', 'flat', 'write_table', 'write_forms', 'compare', 'paired_differences', 'differences_figure',
+           'open_report', 'against_paper', 'save_figure', 'save_numbers', 'run_cards']
 
 # %% ../nbs/13_tables.ipynb #a83ff5ae
 import json
@@ -104,6 +104,22 @@ def compare(runs, key: str, other: str) -> tuple[float, float]:
     if metrics[0]["tasks_sha256"] != metrics[1]["tasks_sha256"]: raise ValueError(f"{key} and {other} were tested on different tasks")
     correct = [np.load(Path(runs) / k / "tasks.npz", allow_pickle=False)["correct"] for k in (key, other)]
     return paired(*correct, metrics[0]["queries"])
+
+# %% ../nbs/13_tables.ipynb #4195822f
+def paired_differences(pairs: dict, runs) -> pd.DataFrame:  # variant -> (key, other)
+    "The paired difference of the first run of each pair to the second, in percent points with a 95 % interval."
+    return pd.DataFrame([(variant, *compare(runs, *keys)) for variant, keys in pairs.items()], columns=["variant", "difference", "interval"])
+
+def differences_figure(differences: pd.DataFrame, label: str):
+    "A line for each difference; returns the figure."
+    figure, axis = plt.subplots(figsize=(6, 0.8 + 0.3 * max(len(differences), 3)), dpi=80)
+    axis.errorbar(differences.difference, range(len(differences)), xerr=differences.interval, fmt="o", color="#0072b2", capsize=3)
+    axis.axvline(0, color="gray", linewidth=0.8)
+    axis.set_yticks(range(len(differences)), differences.variant)
+    axis.set(xlabel=label)
+    axis.invert_yaxis()
+    figure.tight_layout()
+    return figure
 
 # %% ../nbs/13_tables.ipynb #5a38ca7b
 def open_report(name: str, folder) -> tuple[pd.DataFrame, dict]:  # tidy table, key -> metrics
