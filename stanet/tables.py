@@ -105,14 +105,14 @@ def compare(runs, key: str, other: str) -> tuple[float, float]:
     correct = [np.load(Path(runs) / k / "tasks.npz", allow_pickle=False)["correct"] for k in (key, other)]
     return paired(*correct, metrics[0]["queries"])
 
-# %% ../nbs/13_tables.ipynb #4195822f
+# %% ../nbs/13_tables.ipynb #a6ef89df
 def paired_differences(pairs: dict, runs) -> pd.DataFrame:  # variant -> (key, other)
     "The paired difference of the first run of each pair to the second, in percent points with a 95 % interval."
     return pd.DataFrame([(variant, *compare(runs, *keys)) for variant, keys in pairs.items()], columns=["variant", "difference", "interval"])
 
 def differences_figure(differences: pd.DataFrame, label: str):
     "A line for each difference; returns the figure."
-    figure, axis = plt.subplots(figsize=(6, 0.8 + 0.3 * max(len(differences), 3)), dpi=80)
+    figure, axis = plt.subplots(figsize=(7.5, 0.8 + 0.26 * max(len(differences), 3)), dpi=80)
     axis.errorbar(differences.difference, range(len(differences)), xerr=differences.interval, fmt="o", color="#0072b2", capsize=3)
     axis.axvline(0, color="gray", linewidth=0.8)
     axis.set_yticks(range(len(differences)), differences.variant)
