@@ -117,11 +117,12 @@ def describe_pictures(cells, scale: int = 1):
                 own = re.search(r'^#\| fig-alt: "?(.+?)"?$', cell.source, re.M)
                 out["data"] = {"text/html": picture("".join(png).replace("\n", ""), own[1] if own else f"{title}: {text}" if title else text, scale)}
 
-# %% ../nbs/18_site.ipynb #676e4e90
+# %% ../nbs/18_site.ipynb #41f60927
 def render_notebook(path: Path):  # -> the notebook of its page
     "Run the notebook at `path` in its folder and prepare it as a page."
     nb = read_nb(path)
     split_title(nb)
+    get_config()  # nbdev keeps the first one it finds, and a notebook may leave the project's folder
     with chdir(path.parent): NBProcessor(nb=nb, procs=[FrontmatterProc, populate_language, add_show_docs, OrderSignatures, hide_line, strip_ansi, clean_show_doc, RunCells, hide_, fold_signature, add_links, local_links]).process()
     nb.cells = [c for c in nb.cells if not c.source.startswith("#| default_exp") and "default_exp" not in c.get("directives_", {})]
     describe_pictures(nb.cells, scale=2)
@@ -356,7 +357,7 @@ def make_offline(folder: Path):
         up = "../" * (len(page.relative_to(folder).parts) - 1)
         page.write_text(page.read_text().replace(smalldocs.layout.KATEX, f"{up}site_libs/katex"))
 
-# %% ../nbs/18_site.ipynb #a6a30b8d
+# %% ../nbs/18_site.ipynb #1b11f88b
 def write_pages(proc: Path):
     "Fill the folder `proc` with the sources of all pages, as nbdev does, and with the results."
     nbs, results, runs = root() / "nbs", sorted(root().glob("results/*.ipynb")), sorted(p.parent for p in root().glob("runs/*/card.json"))
@@ -371,7 +372,7 @@ def write_pages(proc: Path):
     titles = {p.stem: re.match(r"# (.+)", read_nb(p).cells[0].source)[1] for p in results}
     used = {}
     for stem, title in titles.items():
-        for key in pd.read_csv(root() / "results" / f"{stem}.csv").get("run", pd.Series(dtype=str)).dropna(): used.setdefault(key, []).append((stem, title))
+        for cell in sorted((root() / "results" / "cells" / stem).glob("*.json")): used.setdefault(cell.stem, []).append((stem, title))
     for path in results: put(f"results/{path.name}", report_page(path))
     for folder in runs: put(f"runs/{folder.name}.ipynb", run_page(folder, used.get(folder.name, [])))
     put("results/index.ipynb", overview(titles, runs, used))

@@ -108,6 +108,17 @@ def test_every_run_of_a_table_is_one_click_away(pages):
         assert {f"../runs/{k}.html" for k in keys} <= set(pages[f"results/{path.stem}.html"].links)
 
 
+def test_a_run_leads_to_each_report_it_stands_in(pages):
+    for cell in (ROOT / "results" / "cells").glob("*/*.json"): assert f"../results/{cell.parent.name}.html" in pages[f"runs/{cell.stem}.html"].links
+
+
+def test_a_notebook_that_leaves_its_folder_becomes_a_page_alone(tmp_path):
+    source = {"cell_type": "code", "id": "go", "metadata": {}, "execution_count": None, "outputs": [], "source": f"import os; os.chdir({str(tmp_path)!r})"}
+    text = {"cell_type": "markdown", "id": "say", "metadata": {}, "source": "# Away"}
+    (tmp_path / "away.ipynb").write_text(json.dumps({"cells": [text, source], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}))
+    run(sys.executable, "-c", f"from pathlib import Path; from stanet.site import render_notebook; render_notebook(Path({str(tmp_path / 'away.ipynb')!r}))", cwd=ROOT)
+
+
 def test_reference_comes_from_the_code(pages):
     from stanet.cli import app
     from stanet.parameters import Run
