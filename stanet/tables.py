@@ -157,5 +157,6 @@ def save_numbers(numbers: pd.DataFrame, name: str, folder) -> pd.DataFrame:
 def run_cards(keys, folder) -> pd.DataFrame:
     "What stands behind each number: budget, time, seed, device and versions of the runs `keys`."
     cards = [json.loads((Path(folder) / "runs" / key / "card.json").read_text()) for key in keys]
-    return pd.DataFrame([{"run": c["run"]["key"], "recipe": c["run"]["recipe"], "weights": c["metrics"]["parameters"], "steps": c["run"]["steps"], "images a step": c["metrics"]["images"] // c["run"]["steps"],
-                          "tasks a step": c["run"]["tasks"] * c["run"]["mix"], "training (min)": round(c["training_seconds"] / 60, 1), "seed": c["run"]["seed"], "test tasks": c["metrics"]["tasks"], "device": c["device"], "torch": c["torch"]} for c in cards]).set_index("run")
+    rows = [{"run": c["run"]["key"], "recipe": c["run"]["recipe"], "weights": c["metrics"]["parameters"], "steps": c["run"]["steps"], "images a step": c["metrics"]["images"] // c["run"]["steps"],
+             "tasks a step": c["run"]["tasks"] * c["run"]["mix"], "training (min)": round(c["training_seconds"] / 60, 1), "seed": c["run"]["seed"], "test tasks": c["metrics"]["tasks"], "device": c["device"], "torch": c["torch"]} for c in cards]
+    return pd.DataFrame(rows or {"run": []}).set_index("run")
