@@ -18,7 +18,7 @@ from .episodes import tasks_digest
 from .experiment import execute, fit, load_data, note_digest, task_set, write_fingerprints
 from .packs import Pack, atomic, load_pack, pack_digest, save_pack, twins
 from .parameters import find_run, load_params, pack_path, root
-from .sources import DOWNLOADS, KNOWN, SOURCES, check_known, check_name, download, find_sources, read_source
+from .sources import KNOWN, SOURCES, check_known, check_name, download, find_sources, missing_pack, read_source
 from .splits import SUMMARIES, make_split, split_summary
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Few-shot learning with STANet: data, runs and reports.")
@@ -93,15 +93,13 @@ def _packs(names=None) -> dict:  # name -> path, the three data sets first
     there = {p.stem: p for p in sorted((root() / "data").glob("*.safetensors"))}
     return {n: there.get(n) for n in names or [*SOURCES, *(n for n in there if n not in SOURCES)]}
 
-def _missing(name): return f"data/{name}.safetensors is missing; {f'`stanet data download {name}` or ' * (name in DOWNLOADS)}`stanet data import {name} FOLDER` makes it"
-
 @data_app.command("verify")
 def data_verify(names: Annotated[list[str] | None, typer.Argument(help="names of packs; none for all")] = None):
     "Compare the packs in data/ with what is known of them; a missing or deviating one is an error."
     bad, packs = 0, _packs(names)
     for name, path in packs.items():
         try:
-            pack, text = (load_pack(path), "") if path else (None, _missing(name))
+            pack, text = (load_pack(path), "") if path else (None, missing_pack(name))
             found = problems_with(name, pack) if path else [text]
         except ValueError as error: pack, found = None, [str(error)]
         sizes = pack.labels.bincount(minlength=len(pack.classes)) if pack else []
@@ -112,7 +110,7 @@ def data_verify(names: Annotated[list[str] | None, typer.Argument(help="names of
 @data_app.command("list")
 def data_list():
     "The packs in data/, and what makes those that are missing."
-    for name, path in _packs().items(): print(f"{name}: {load_pack(path) if path else _missing(name)}")
+    for name, path in _packs().items(): print(f"{name}: {load_pack(path) if path else missing_pack(name)}")
 
 # %% ../nbs/16_cli.ipynb #ad412f0e
 @app.command()

@@ -19,6 +19,7 @@ from .evaluation import accuracy, embed_images, score
 from .network import build, network_size, save_network
 from .packs import Pack, atomic, class_parents, digest, load_pack, pack_digest, select, semantic_targets, twins, without
 from .parameters import Params, Run, TaskSet, pack_path, root
+from .sources import missing_pack
 from .splits import make_split, quarter_turns
 from .training import alone, keep_freed_memory, train
 
@@ -98,6 +99,7 @@ def check_digest(path, sha: str, what: str):
 # %% ../nbs/15_experiment.ipynb #9198db75
 def load_data(name: str) -> Pack:
     "The pack `name`, checked against its noted digest."
+    if not pack_path(name).is_file(): raise FileNotFoundError(missing_pack(name))
     pack = load_pack(pack_path(name))
     check_digest(root() / "packs" / f"{name}.sha256", pack_digest(pack), f"the pack {name}")
     return pack

@@ -151,7 +151,7 @@ def in_one_line(error) -> str:
 def load_pack(path) -> Pack:
     "Read a pack and check its digest. A missing, torn, foreign or changed file raises an error that names it."
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"{path}: no such pack; `stanet data import {path.stem} FOLDER` or `stanet data download {path.stem}` makes it")
+    if not path.is_file(): raise FileNotFoundError(f"{path}: no such pack")
     try:
         with safe_open(path, "pt") as f:
             names = json.loads(f.metadata()["pack"])

@@ -6,7 +6,7 @@
 __all__ = ['OMNIGLOT', 'PICKLED', 'CIFAR100', 'MINI_IMAGENET', 'IMAGE_SUFFIXES', 'KNOWN', 'SOURCES', 'SIGNS', 'DOWNLOADS',
            'decode', 'read_files', 'read_omniglot', 'download_omniglot', 'read_pickle', 'read_cifar100',
            'download_cifar100', 'read_mini', 'read_folder', 'check_known', 'check_name', 'read_source', 'find_sources',
-           'download']
+           'missing_pack', 'download']
 
 # %% ../nbs/02_sources.ipynb #ecaf6f4d
 import csv, pickle, re, unicodedata, warnings
@@ -310,6 +310,11 @@ def find_sources(folder) -> dict:  # name -> folder
 
 # %% ../nbs/02_sources.ipynb #387b4c77
 DOWNLOADS = {"omniglot": download_omniglot, "cifar100": download_cifar100}
+
+def missing_pack(name: str) -> str:
+    "That the pack `name` is missing, and the commands that make it."
+    if name == "glyphs": return "packs/glyphs.safetensors is missing; `dvc repro glyphs` draws it"
+    return f"data/{name}.safetensors is missing; {f'`stanet data download {name}` or ' * (name in DOWNLOADS)}`stanet data import {name} FOLDER` makes it"
 
 def download(name: str, folder) -> Path:
     "Download the data set `name` below `folder`. One that can't be had, or a failing connection, raises a `ValueError` with the way to import it instead."

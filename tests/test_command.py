@@ -9,8 +9,9 @@ from conftest import edit_params, run
     (["report", "table9"], "no report 'table9'; there are "),
     (["train", "mini"], "no run 'mini' in params.yaml; there are "),
     (["tasks", "omniglot-9w9s"], "no task set 'omniglot-9w9s' in params.yaml; there are "),
-    (["tasks", "omniglot-5w1s"], "no such pack; `stanet data import omniglot FOLDER` or `stanet data download omniglot` makes it"),
-    (["fit", "omniglot-5w1s-stanet1"], "no such pack; `stanet data import omniglot FOLDER` or `stanet data download omniglot` makes it"),
+    (["tasks", "omniglot-5w1s"], "data/omniglot.safetensors is missing; `stanet data download omniglot` or `stanet data import omniglot FOLDER` makes it"),
+    (["tasks", "mini-5w1s"], "data/mini.safetensors is missing; `stanet data import mini FOLDER` makes it"),
+    (["fit", "omniglot-5w1s-stanet1"], "data/omniglot.safetensors is missing; `stanet data download omniglot` or `stanet data import omniglot FOLDER` makes it"),
 ], ids=lambda v: "-".join(v) if isinstance(v, list) else "")
 def test_one_line_of_error(project, command, answer):
     done = run("stanet", *command, cwd=project, check=False)
