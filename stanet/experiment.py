@@ -43,7 +43,7 @@ def _global_names(code: str) -> set:  # every name that `code` looks up outside 
     return names(symtable.symtable(code, "<definition>", "exec"))
 
 # %% ../nbs/15_experiment.ipynb #d1596d8f
-NO_RESULT = {"Recipe", "Run", "Params", "TaskSet", "Checkpoints", "scratch_folder", "alone", "atomic", "show_progress", "latest_of_all", "noted_interrupt", "describe_device", "devices_together", "keep_freed_memory"}
+NO_RESULT = {"Recipe", "Run", "Params", "TaskSet", "Checkpoints", "scratch_folder", "alone", "atomic", "show_progress", "faster_format", "latest_of_all", "noted_interrupt", "describe_device", "devices_together", "keep_freed_memory"}
 
 def reachable(names, definitions: dict) -> dict:  # name -> skeleton
     "The definitions that `names` use, and those that these use, and so on. Left out are those of `NO_RESULT`."
