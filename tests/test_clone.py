@@ -18,6 +18,12 @@ def test_table_needs_no_data(project):
     assert (project / "results" / "table4.csv").read_text() == before
 
 
+def test_failed_stage_keeps_what_was_recorded(project):
+    failed = run("dvc", "repro", "--single-item", "--force", "train@omniglot-5w1s-stanet1", cwd=project, check=False)
+    assert failed.returncode and "stanet data" in failed.stdout + failed.stderr
+    assert run("git", "status", "--porcelain", "runs", cwd=project).stdout == ""
+
+
 def test_table_is_what_the_runs_measured():
     table = pd.read_csv(ROOT / "results" / "table4.csv")
     measured = table[table.status == "measured"]
