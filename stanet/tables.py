@@ -134,7 +134,8 @@ def against_paper(table: pd.DataFrame, title: str = ""):
     figure, axis = plt.subplots(figsize=(6, 0.8 + 0.36 * max(len(cells), 2)), dpi=80)
     for offset, kind, colour, marker in ((-0.14, "paper", "#767676", "s"), (0.14, "ours", "#0072b2", "o")):
         axis.errorbar(cells[kind], cells.index + offset, xerr=cells[f"{kind}_ci"], fmt=marker, color=colour, label=kind, capsize=3)
-    axis.set_yticks(cells.index, [f"{c.dataset}, {c.shot}-shot, {c.variant}" for c in cells.itertuples()])
+    several = cells.backbone.nunique() > 1
+    axis.set_yticks(cells.index, [f"{c.dataset}, {several * f'{c.backbone}, '}{c.shot}-shot, {c.variant}" for c in cells.itertuples()])
     axis.set(xlabel="accuracy (%)", title=title if len(cells) else f"{title}: nothing has been run yet")
     axis.invert_yaxis()
     figure.tight_layout()
