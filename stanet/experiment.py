@@ -8,7 +8,7 @@ __all__ = ['NO_RESULT', 'skeleton', 'reachable', 'fingerprint', 'code_fingerprin
            'scratch_folder', 'fit', 'measure', 'metrics_of', 'record', 'with_palette', 'execute']
 
 # %% ../nbs/15_experiment.ipynb #b8812cf5
-import ast, asyncio, base64, functools, hashlib, io, json, os, signal, symtable, sys, threading
+import ast, asyncio, base64, functools, hashlib, io, json, os, signal, symtable, sys, tempfile, threading, uuid
 from pathlib import Path
 import numpy as np
 import torch
@@ -188,7 +188,8 @@ def with_palette(png: str) -> str:  # base64 -> base64
 def _kernel_manager():
     from jupyter_client.manager import AsyncKernelManager
     class Manager(AsyncKernelManager):
-        def __init__(self, **options): super().__init__(**options, transport="tcp" if os.name == "nt" else "ipc")  # sockets that are files, not open ports
+        def __init__(self, **options):  # sockets that are files, not open ports; each kernel has its own, or two that start together would share them
+            super().__init__(**options, **({} if os.name == "nt" else {"transport": "ipc", "ip": str(Path(tempfile.gettempdir()) / f"stanet-{uuid.uuid4().hex[:12]}")}))
         async def start_kernel(self, **options):
             await super().start_kernel(**options)
             try: asyncio.get_running_loop().add_signal_handler(signal.SIGINT, lambda: asyncio.ensure_future(self.interrupt_kernel()))

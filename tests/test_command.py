@@ -1,5 +1,7 @@
 "The `stanet` command: what a user gets wrong is answered in one line, and nothing is left behind."
-import pytest
+import json, sys
+from concurrent.futures import ThreadPoolExecutor
+import nbformat, pytest
 from conftest import edit_params, run
 
 
@@ -28,3 +30,12 @@ def test_all_problems_of_params_at_once(project):
     done = run("stanet", "check", cwd=project, check=False)
     assert done.returncode == 1 and "params.yaml: 5 problems" in done.stderr
     for field in ("omniglot-5w1s-stanet1.shot", "omniglot-5w1s-stanet1.lr", "omniglot-5w1s-stanet3.attention", "omniglot-5w1s-stanet3.recipe", "glyphs-5w1s-stanet3.layer"): assert f"runs.{field}" in done.stderr
+
+
+def test_two_notebooks_started_together_have_a_kernel_each(project, tmp_path):
+    cells = [nbformat.v4.new_code_cell("x = 0", metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell("print(x)")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}), tmp_path / "in.ipynb")
+    code = "import sys; from stanet.experiment import execute; execute(sys.argv[1], sys.argv[2], {'x': int(sys.argv[3])})"
+    with ThreadPoolExecutor() as pool: list(pool.map(lambda x: run(sys.executable, "-c", code, tmp_path / "in.ipynb", tmp_path / f"out{x}.ipynb", x, cwd=project), (1, 2)))
+    printed = [json.loads((tmp_path / f"out{x}.ipynb").read_text())["cells"][-1]["outputs"][0]["text"] for x in (1, 2)]
+    assert printed == [["1\n"], ["2\n"]]
