@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'WHOLE', 'student_interval', 'read_metrics', 'tidy', 'figure_of', 'difference_of', 'wide', 'in_latex',
-           'in_parts', 'flat', 'write_table', 'write_forms', 'compare', 'paired_differences', 'differences_figure',
-           'open_report', 'against_paper', 'save_figure', 'save_numbers', 'run_cards']
+           'in_parts', 'flat', 'write_table', 'write_forms', 'compare', 'verdict', 'paired_differences',
+           'differences_figure', 'open_report', 'against_paper', 'save_figure', 'save_numbers', 'run_cards']
 
 # %% ../nbs/13_tables.ipynb #a83ff5ae
 import json
@@ -104,6 +104,13 @@ def compare(runs, key: str, other: str) -> tuple[float, float]:
     if metrics[0]["tasks_sha256"] != metrics[1]["tasks_sha256"]: raise ValueError(f"{key} and {other} were tested on different tasks")
     correct = [np.load(Path(runs) / k / "tasks.npz", allow_pickle=False)["correct"] for k in (key, other)]
     return paired(*correct, metrics[0]["queries"])
+
+def verdict(key: str, other: str, what: str, metrics: dict, runs) -> str:
+    "A line of Markdown: what `key` gains over `other` and whether the interval leaves that in doubt, or *not run* where `metrics` lacks one of them."
+    if not {key, other} <= metrics.keys(): return f"- {what}: not run"
+    difference, half = compare(runs, key, other)
+    answer = "better" if difference > half else "worse" if difference < -half else "no difference can be seen"
+    return f"- {what}: {difference:+.2f} ± {half:.2f}, {answer}"
 
 # %% ../nbs/13_tables.ipynb #a6ef89df
 def paired_differences(pairs: dict, runs) -> pd.DataFrame:  # variant -> (key, other)
