@@ -18,8 +18,8 @@ class SpatialAttention(nn.Module):
         self.W_q, self.W_K = nn.Linear(d_h, d_k, bias=False), nn.Linear(n_ch, d_k, bias=False)
 
     def forward(self, h_ts, C):  # (B, Q, d_h), (B, S, n_ch, L) -> (B, Q, S, L)
-        query = self.W_q(h_ts) @ self.W_K.weight / self.W_K.out_features ** 0.5  # (B, Q, n_ch)
-        return torch.einsum("bqc,bscl->bqsl", query, C).softmax(-1)
+        query = self.W_q(h_ts) @ (self.W_K.weight / self.W_K.out_features ** 0.5)  # (B, Q, n_ch)
+        return torch.einsum("bqc,bscl->bslq", query, C).softmax(2).permute(0, 3, 1, 2)
 
 def pool(a, C):  # (B, Q, S, L), (B, S, n_ch, L) -> (B, Q, S, n_ch)
     "Attention-weighted average over the sites of the feature maps themselves (eq. 5)."
@@ -55,10 +55,10 @@ class TaskAttention(nn.Module):
         self.W_K.load_state_dict(self.W_q.state_dict())
 
     def forward(self, z_ts, a_tr, C_tr, y):  # (B, Q, n_ch), (B, Q, S, L), (B, S, n_ch, L), one-hot (B, S, way) -> o_g (B, Q, d_v), o_s (B, Q, n_ch), a_t (B, Q, S)
-        query = self.W_q(z_ts) @ self.W_K.weight / self.W_K.out_features ** 0.5  # (B, Q, n_ch)
-        a_t = (torch.einsum("bqc,bscl->bqsl", query, C_tr) * a_tr).sum(-1).softmax(-1)
-        o_s = torch.einsum("bqsl,bscl->bqc", a_t[..., None] * a_tr, C_tr)
-        return self.W_v(torch.cat([o_s, a_t @ y], -1)), o_s, a_t
+        query, a_s = self.W_q(z_ts) @ (self.W_K.weight / self.W_K.out_features ** 0.5), a_tr.permute(0, 2, 3, 1)  # (B, Q, n_ch), (B, S, L, Q)
+        a_t = (torch.einsum("bscl,bqc->bslq", C_tr, query) * a_s).sum(2).softmax(1)  # (B, S, Q)
+        o_s = torch.einsum("bslq,bscl->bqc", a_t[:, :, None] * a_s, C_tr)
+        return self.W_v(torch.cat([o_s, a_t.mT @ y], -1)), o_s, a_t.mT
 
 # %% ../nbs/07_attention.ipynb #54d15dda
 class Maps(NamedTuple):

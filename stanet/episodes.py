@@ -46,7 +46,7 @@ class Episodes:
         if way > len(self.counts): raise ValueError(f"{way}-way tasks need {way} classes, and there are {len(self.counts)}")
         if len(few := torch.nonzero(self.counts < shot + query).flatten()):
             raise ValueError(f"class {names[few[0]] if names else int(few[0])!r} has {int(self.counts[few[0]])} images, too few for {shot} shots and {query} queries")
-        self.parents = None if parents is None else parents.to(labels.device)
+        self.parents, self.label = None if parents is None else parents.to(labels.device), torch.arange(way, device=labels.device)[None, :, None]
         self.generator = torch.Generator(labels.device).manual_seed(seed)
         self.deck = torch.empty(0, way, dtype=torch.int64, device=labels.device)
 
@@ -73,12 +73,12 @@ class Episodes:
         return drawn
 
     def _images(self, chosen):  # classes (n, way) -> image indices (n, way, shot + query)
-        rank = self._rand(*chosen.shape, self.table.shape[1])
-        rank = rank.masked_fill(torch.arange(rank.shape[2], device=rank.device) >= self.counts[chosen][..., None], -1)
-        return self.table[chosen].gather(2, rank.topk(self.images).indices)
+        rows = self.table.index_select(0, chosen.flatten()).view(*chosen.shape, -1)
+        rank = self._rand(*rows.shape).masked_fill(rows < 0, -1)
+        return rows.gather(2, rank.topk(self.images).indices)
 
     def _deal(self, images, deals: int = 1, part: slice = slice(None)) -> Tasks:  # (deals * tasks of this part, way, shot + query)
-        label = torch.arange(self.way, device=images.device)[None, :, None].expand_as(images)
+        label = self.label.expand_as(images)
         support, query = [t[..., :self.shot].flatten(1) for t in (images, label)], [t[..., self.shot:].flatten(1) for t in (images, label)]
         order = self._rand_of(part, deals, len(images) // deals, query[0].shape[1]).flatten(0, 1).argsort()[:, :1 if self.single else None]
         return Tasks(*support, *(t.gather(1, order) for t in query))
@@ -107,14 +107,16 @@ class Episodes:
 # %% ../nbs/05_episodes.ipynb #946f4a2a
 def gather(images: torch.Tensor, index: torch.Tensor) -> torch.Tensor:  # float (n, c, h, w) in [0, 1]
     "The images `index` (any shape, n in all) of the uint8 tensor `images` `(N, h, w, c)`."
-    return images[index.flatten()].permute(0, 3, 1, 2).float().div_(255)
+    return images.index_select(0, index.flatten()).permute(0, 3, 1, 2).float().div_(255)
 
 # %% ../nbs/05_episodes.ipynb #5b0c2e71
 def move(images, mirror, shift):  # (n, c, h, w), bool (n,), whole pixels (n, 2) along w and h -> (n, c, h, w)
     "Images mirrored and shifted by whole pixels, reflected at their edges."
     n, c, h, w = images.shape
     line = lambda size: torch.arange(size, device=images.device)
-    def inside(place, size): return torch.minimum(place % (2 * size), (-1 - place) % (2 * size))
+    def inside(place, size):
+        place = place % (2 * size)
+        return torch.minimum(place, 2 * size - 1 - place)
     columns = inside(torch.where(mirror[:, None], line(w).flip(0), line(w)) + shift[:, :1], w)
     rows = inside(line(h) + shift[:, 1:], h)
     pixels = ((line(n)[:, None] * h + rows)[:, :, None] * w + columns[:, None]).flatten()
@@ -131,11 +133,12 @@ def warp(images, mirror, shift, angle, size):  # (n, c, h, w), bool (n,), share 
 def augment(images, generator, flip: bool = False, shift: float = 0., rotate: float = 0., scale: float = 0., colour: float = 0., tasks: int = 1, part: slice = slice(None)):
     "Augment float images `(n, c, h, w)`: `shift` as a share of the side, `rotate` in degrees, `scale` and `colour` as relative ranges. Zeros leave the images alone. `images` may be those of a `part` of `tasks` tasks."
     n, c = images.shape[:2]
-    def uniform(*shape): return (torch.rand((tasks, n // len(range(tasks)[part]), *shape), generator=generator, device=images.device) * 2 - 1)[part].flatten(0, 1)
+    def uniform(*shape): return torch.empty(tasks, n // len(range(tasks)[part]), *shape, device=images.device).uniform_(-1, 1, generator=generator)[part].flatten(0, 1)
     if flip or shift or rotate or scale:
         mirror = uniform() < 0 if flip else torch.zeros(n, dtype=torch.bool, device=images.device)
-        angle, size, offset = uniform() * rotate * torch.pi / 180, (uniform() * scale).exp(), uniform(2) * shift
-        images = warp(images, mirror, offset, angle, size) if rotate or scale else move(images, mirror, (offset * images.shape[-1]).round().long())
+        turn, growth, offset = uniform(), uniform(), uniform(2) * shift
+        if rotate or scale: images = warp(images, mirror, offset, turn * rotate * torch.pi / 180, (growth * scale).exp())
+        else: images = move(images, mirror, (offset * images.shape[-1]).round().long())
     if colour: images = images * (1 + colour * uniform(c, 1, 1)) + colour / 2 * uniform(c, 1, 1)
     return images.contiguous(memory_format=torch.channels_last)
 

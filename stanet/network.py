@@ -52,8 +52,7 @@ class STANet(nn.Module):
 
     def attend(self, support, labels, query) -> tuple[torch.Tensor, list[Maps]]:
         "Logits `(B, Q, way)` and the attention of each layer, from maps `(B, S, n_ch, h_f, w_f)`, labels `(B, S)` and maps `(B, Q, n_ch, h_f, w_f)`."
-        C_tr = support.flatten(-2).transpose(1, 2).contiguous().transpose(1, 2)  # the sites of a task's support images side by side in memory: one matrix for each channel
-        C_ts, y = query.flatten(-2), F.one_hot(labels.long(), self.way).to(support.dtype)
+        C_tr, C_ts, y = support.flatten(-2), query.flatten(-2), F.one_hot(labels.long(), self.way).to(support.dtype)
         h_ts, contexts, maps = C_ts.mean(-1), [], []
         for layer in self.layers:
             o_g, h_ts, attention = layer(C_tr, C_ts, h_ts, y)

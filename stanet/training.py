@@ -85,11 +85,11 @@ def faster_format(backbone, images) -> str:  # a batch (n, c, h, w) on the devic
             seconds[name].append(clock() - start)
     return "bf16" if min(seconds["bf16"][1:]) < 0.8 * min(seconds["float32"][1:]) else "float32"
 
-def chosen_format(accelerator, net, images, precision: str, n: int = 32) -> str:  # 'bf16' or 'float32'
-    "The number format of a recipe for uint8 `images`, the same in all processes; `auto` is decided on `n` of them."
+def chosen_format(accelerator, net, images, precision: str, n: int) -> str:  # 'bf16' or 'float32'
+    "The number format of a recipe for uint8 `images`, the same in all processes; `auto` is decided on `n` of them, at most 128."
     choice = [precision]
     if precision == "auto":
-        few = gather(images, torch.arange(min(n, len(images)))).to(accelerator.device, memory_format=torch.channels_last)
+        few = gather(images, torch.arange(min(n, 128, len(images)))).to(accelerator.device, memory_format=torch.channels_last)
         choice = [faster_format(net.to(accelerator.device).backbone, few)]
     return broadcast_object_list(choice)[0]
 
@@ -273,9 +273,9 @@ def ready(accelerator, net, labels, way: int, shot: int, recipe: Recipe, names, 
     if recipe.tasks % accelerator.num_processes: raise ValueError(f"tasks: {recipe.tasks} can't be shared by {accelerator.num_processes} processes")
     episodes = Episodes(labels.to(accelerator.device), way, shot, recipe.query, recipe.single, recipe.classes, recipe.seed, names, parents)
     net = net.to(accelerator.device).train()
-    wrapped, optimiser = accelerator.prepare(net, make_optimiser(net, recipe))
+    keep_freed_memory()
     part = slice(accelerator.process_index, None, accelerator.num_processes) if accelerator.num_processes > 1 else slice(None)
-    return wrapped, State(net, optimiser, episodes, recipe.average), part
+    return accelerator.prepare(net), State(net, make_optimiser(net, recipe), episodes, recipe.average), part
 
 # %% ../nbs/10_training.ipynb #4e6ae5b8
 def train(net, images, labels, targets, way: int, shot: int, recipe: Recipe, folder, names=None, parents=None, validate=None, validate_every: int = 1000, every: int = 50, save_seconds: float = 30.0):
@@ -283,19 +283,19 @@ def train(net, images, labels, targets, way: int, shot: int, recipe: Recipe, fol
     accelerator, checkpoints = Accelerator(), Checkpoints(folder)
     with alone(folder) if accelerator.is_main_process else nullcontext():
         found = latest_of_all(accelerator, checkpoints)
-        precision = found[1]["devices"]["precision"] if found else chosen_format(accelerator, net, images, recipe.precision)
+        precision = found[1]["devices"]["precision"] if found else chosen_format(accelerator, net, images, recipe.precision, recipe.tasks * way * (shot + recipe.query))
         wrapped, state, part = ready(accelerator, net, labels, way, shot, recipe, names, parents)
         if found: state.restore(*found)
         images, targets = images.to(accelerator.device), targets.to(accelerator.device)
-        if state.step < recipe.steps: run_steps(accelerator, wrapped, state, images, targets, recipe, precision, part, checkpoints, validate, validate_every, every, save_seconds)
+        if state.step < recipe.steps:
+            state.devices = devices_together(state.devices, describe_device() | {"precision": precision})
+            run_steps(accelerator, wrapped, state, images, targets, recipe, precision, part, checkpoints, validate, validate_every, every, save_seconds)
     about = {"training_seconds": round(state.seconds, 1), "steps_per_second": round(recipe.steps / max(state.seconds, 1e-9), 2), **state.devices}
     return averaged(state), pd.DataFrame(state.history), about
 
 # %% ../nbs/10_training.ipynb #1884c8a0
 def run_steps(accelerator, net, state: State, images, targets, recipe: Recipe, precision: str, part, checkpoints: Checkpoints, validate, validate_every: int, every: int, save_seconds: float):
     "The steps from `state` to the recipe's last."
-    keep_freed_memory()
-    state.devices = devices_together(state.devices, describe_device() | {"precision": precision})
     bar = tqdm(total=recipe.steps, initial=state.step) if sys.stderr.isatty() else None
     clock = saved = time.perf_counter()
     with noted_interrupt() as interrupted:
