@@ -148,14 +148,13 @@ def bench_step(name: str, rounds: int) -> list:  # records
     precision = chosen_format(Accelerator(), network(setting), pictures(setting["size"], setting["channels"])[0], "auto", setting["tasks"] * WAY * (SHOT + QUERY))
     with tempfile.TemporaryDirectory() as folder:
         ours, write = our_steps(setting, precision, folder)
+        near = {k: setting["tasks"] / np.array(v) for k, v in in_turns({"ours": ours, "bare": bare_steps(setting, precision, device)}, 3 * rounds).items()}
         contenders = {f"textbook-{w}": textbook_steps(setting, "float32", device, w) for w in (2, 1, 0)}
         contenders |= {f"textbook-ours-{w}": textbook_steps(setting, precision, device, w, torch.channels_last) for w in (2, 1, 0)}
-        contenders |= {"ours": ours, "bare": bare_steps(setting, precision, device)}
-        rates = {k: (1 if "textbook" in k else setting["tasks"]) / np.array(v) for k, v in in_turns(contenders, rounds).items()}
+        rates = {k: (setting["tasks"] if k == "ours" else 1) / np.array(v) for k, v in in_turns(contenders | {"ours": ours}, rounds).items()}
         written = [timed(write) for _ in range(rounds)]
     best = {k: max((r for r in rates if r.rstrip("012") == f"{k}-"), key=lambda r: np.median(rates[r])) for k in ("textbook", "textbook-ours")}
-    rows = [record(f"step/{name}/ours", rates["ours"], "tasks/s"), record(f"step/{name}/bare", rates["bare"], "tasks/s")]
-    rows[0] |= {k: v for k, v in record("", rates["ours"], "", f"step/{name}/bare", rates["bare"]).items() if k in ("against", "ratio")}
+    rows = [record(f"step/{name}/ours", near["ours"], "tasks/s", f"step/{name}/bare", near["bare"]), record(f"step/{name}/bare", near["bare"], "tasks/s")]
     for kind, key, how in (("loop", "textbook", "float32"), ("loop-our-format", "textbook-ours", f"{precision}, channels last")):
         rows.append(record(f"step/{name}/{kind}", rates[best[key]], f"tasks/s ({how}, {best[key][-1]} workers)", f"step/{name}/ours", rates["ours"]))
     return rows + [record(f"step/{name}/checkpoint", written, "s, every 30 s")]
