@@ -25,7 +25,7 @@ from .episodes import Episodes, Tasks, draw_task_set, gather
 from .evaluation import embed_images, score
 from .parameters import root
 from .losses import full_loss, semantic_loss, task_loss
-from .network import build
+from .network import build, take
 from .packs import atomic, save_pack
 from .sources import read_folder
 from .training import Checkpoints, Recipe, chosen_format, describe_device, keep_freed_memory, ready, run_steps
@@ -169,7 +169,7 @@ def logits_anew(net, images, tasks):  # (n_tasks, Q, way)
     return torch.cat([net.classify(m[:, :S], labels[None].to(device), m[:, S:]) for m, labels in zip(maps, tasks.support_labels)])
 
 @torch.no_grad()
-def logits_cached(net, maps, tasks): return net.classify(maps[tasks.support.long()], tasks.support_labels.to(maps.device), maps[tasks.query.long()])
+def logits_cached(net, maps, tasks): return net.classify(take(maps, tasks.support), tasks.support_labels.to(maps.device), take(maps, tasks.query))
 
 def bench_evaluation(name: str, rounds: int, n: int = 10000, some: int = 20, classes: int = 20, each: int = 600) -> list:  # records
     "Seconds for `n` tasks with cached maps and with images embedded for each task, in the setting `name`."
@@ -178,7 +178,7 @@ def bench_evaluation(name: str, rounds: int, n: int = 10000, some: int = 20, cla
     tasks = draw_task_set(torch.arange(classes).repeat_interleave(each), WAY, SHOT, 15, n)
     net = network(setting).to("cuda" if torch.cuda.is_available() else "cpu").eval()
     keep_freed_memory()
-    few, embedding, scoring, anew_taken = tasks.part(torch.arange(some)), [], [], []
+    few, embedding, scoring, anew_seconds = tasks.part(torch.arange(some)), [], [], []
     for _ in range(rounds):
         start = time.perf_counter()
         maps = embed_images(net, images)
@@ -186,12 +186,12 @@ def bench_evaluation(name: str, rounds: int, n: int = 10000, some: int = 20, cla
         score(net, maps, tasks)
         scoring.append(time.perf_counter() - start); start = time.perf_counter()
         anew = logits_anew(net, images, few).cpu()
-        anew_taken.append((time.perf_counter() - start) / some * n)
+        anew_seconds.append((time.perf_counter() - start) / some * n)
     cached = np.add(embedding, scoring)
     apart = float((logits_cached(net, maps, few).cpu() - anew).abs().max())
     if apart > 1e-5: raise ValueError(f"{name}: logits of cached maps and of images embedded anew differ by {apart:.1e}")
     return [record(f"evaluation/{name}/cached", cached, f"s for {n:,} tasks"), record(f"evaluation/{name}/embedding", embedding, f"s for {len(images):,} images", f"evaluation/{name}/cached", cached),
-            record(f"evaluation/{name}/scoring", scoring, f"s for {n:,} tasks", f"evaluation/{name}/cached", cached), record(f"evaluation/{name}/anew", anew_taken, f"s for {n:,} tasks, from {some}", f"evaluation/{name}/cached", cached),
+            record(f"evaluation/{name}/scoring", scoring, f"s for {n:,} tasks", f"evaluation/{name}/cached", cached), record(f"evaluation/{name}/anew", anew_seconds, f"s for {n:,} tasks, from {some}", f"evaluation/{name}/cached", cached),
             {"name": f"evaluation/{name}/largest-difference", "value": float(f"{apart:.2g}"), "unit": "of logits", "against": None, "ratio": None, "spread": None}]
 
 # %% ../nbs/20_bench.ipynb #49559319
