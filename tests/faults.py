@@ -1,34 +1,44 @@
-"""The campaign against the project: runs killed at every point, and thousands of files that are not what they should be.
+"""The campaign against the project: runs killed at every point, and thousands of files changed in every way.
 
-`make faults` runs all of it and writes results/faults.json; `python tests/faults.py --kills 5 --inputs 100 --pipeline 0` is a taste. It ends with the line
-`faults: kills S/K survived, inputs R refused, A accepted unchanged, W wrong` and fails unless S = K and W = 0.
-To try another kind of file, add a `Format` to FORMATS: a name, a function that makes the bytes of a sound file, and one that reads a file and returns a digest of its content."""
+`make faults` runs all of it and writes results/faults.json;
+`python tests/faults.py --kills 5 --inputs 100 --pipeline 0` is a taste. It ends with the line
+`faults: kills S/K survived, inputs R refused, A accepted unchanged, W wrong`
+and fails unless S = K and W = 0.
+To try another kind of file, add a `Format` to FORMATS: a name, a function that makes the bytes of a sound
+file, and one that reads a file and returns a digest of its content."""
 import argparse, copy, io, json, os, pickle, random, resource, shutil, signal, sys, tempfile, time, zipfile
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the runs are forked from this process, which must have no other threads
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # runs are forked from this process: no other threads
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import numpy as np, torch, torch._dynamo, yaml  # torch imports _dynamo with the first optimiser: once here instead of in every run
-import stanet.episodes, stanet.experiment as experiment, stanet.parameters as parameters, stanet.network as network, stanet.packs as packs, stanet.sources as sources, stanet.training as training
+import numpy as np, torch, yaml
+import torch._dynamo  # comes with the first optimiser: once here instead of in every run
+import stanet.episodes
+from stanet import experiment, method, packs, parameters, runtime, sources, training, weights
 from accelerate import Accelerator
 from PIL import Image
 from stanet.glyphs import glyphs
 
-KEY = "glyphs-5w1s-stanet3"
-FILES = ("model.safetensors", "history.csv", "tasks.npz", "card.json", "metrics.json")
+TEST = parameters.Test("glyphs-5w1s-stanet3", "glyphs-5w1s")
+KEY = TEST.run
+TESTED = (f"tests/{TEST.test}/answers.npz", f"tests/{TEST.test}/metrics.json")
+FILES = ("model.safetensors", "history.csv", "card.json", *TESTED)
 REPEATED = tuple(f for f in FILES if f != "card.json")  # a card holds the time that the run took
 
 
 # ---------------------------------------------------------------- kills
 
 def small(params):
-    "Make the runs on glyphs so small that one takes a second."
+    "Make the runs on glyphs so small that one takes a second, and keep the answer to every query."
     params["recipes"]["quick"].update(steps=40, tasks=2, mix=2, query=2)
-    params["task_sets"]["glyphs-5w1s"].update(n=120, query=3)
+    params["task_sets"][TEST.test].update(n=120, query=3)
+    params["reports"]["quickstart"]["answers"] = True
     for key, run in params["runs"].items():
-        if key.startswith("glyphs-"): run.update(width=8, d_k=8, d_v=8)
+        if not key.startswith("glyphs-"): continue
+        run["width"] = 8
+        if run.get("method", "stanet") == "stanet": run.update(d_k=8, d_v=8)
 
 
 def make_project(folder: Path):
@@ -42,14 +52,13 @@ def make_project(folder: Path):
 
 
 def whole_run():
-    "What the training notebook does: fit, measure, record. A row of the history every 5 steps and a state with each."
-    training.train.__defaults__ = tuple(0.0 if d == 30.0 else 5 if d == 50 else d for d in training.train.__defaults__)
-    run = parameters.find_run(KEY)
+    "What the stages of a run do: fit, record, test. Every 5 steps a row of the history and a state."
+    params = parameters.load_params(thorough=False)
+    run = params.runs[KEY]
     pack = experiment.load_data(run.pack)
-    net, history, trained = experiment.fit(run, pack)
-    tasks = experiment.task_set(run.test, parameters.load_params().task_sets[run.test], pack)
-    correct, _, _ = experiment.measure(run, net, pack, tasks)
-    experiment.record(run, net, history, trained, correct, tasks, pack)
+    net, history, trained = experiment.fit(run, pack, training.Pace(every=5, save_seconds=0.0))
+    experiment.record(run, net, history, trained, pack)
+    experiment.run_test(TEST, params)
 
 
 def die(*_): os.kill(os.getpid(), signal.SIGKILL)
@@ -68,14 +77,19 @@ def before(owner, name, nth, act=die, about=lambda *_: True, after=False):
     setattr(owner, name, call)
 
 
+def name_of(handle) -> str:
+    "The path behind an open file, or nothing where the system doesn't tell."
+    link = Path("/proc/self/fd") / str(handle)
+    return os.readlink(link) if link.parent.exists() else ""
+
+
 def half_written(handle):
     "The file is cut in the middle, as if the process had ended while it wrote."
-    path = os.readlink(f"/proc/self/fd/{handle}") if Path("/proc/self/fd").exists() else None
-    if path: os.truncate(path, os.path.getsize(path) // 2)
+    if path := name_of(handle): os.truncate(path, os.path.getsize(path) // 2)
     die()
 
 
-def writes(name): return lambda handle, *_: Path("/proc/self/fd").exists() and Path(os.readlink(f"/proc/self/fd/{handle}")).name.startswith(name)
+def writes(name): return lambda handle, *_: Path(name_of(handle)).name.startswith(name)
 def moves(name): return lambda source, *_: Path(source).name.startswith(name)
 
 
@@ -91,12 +105,15 @@ POINTS = {
     "removing an old state": lambda n: before(Path, "unlink", n, die, moves("step-")),
     "a state just written": lambda n: before(os, "replace", n, die, moves("step-"), after=True),
     "restoring a state": lambda n: before(training.State, "restore", 1, after=True),
+    "between training and test": lambda n: before(experiment, "run_test", 1),
+    "reading the stored weights": lambda n: before(experiment, "from_pretrained", 1, after=True),
     "writing the task set": lambda n: before(os, "fsync", 1, half_written, writes("glyphs-5w1s.safetensors")),
     "embedding test images": lambda n: before(experiment, "embed_images", 1),
-    "scoring test tasks": lambda n: before(experiment, "score", 1, after=True),
-    **{f"writing {f}": lambda n, f=f: before(os, "fsync", 1, half_written, writes(f)) for f in FILES},
-    **{f"{f} just written": lambda n, f=f: before(os, "replace", 1, die, moves(f), after=True) for f in FILES},
+    "answering test tasks": lambda n: before(experiment, "answer", 1, after=True),
 }
+for file in (Path(f).name for f in FILES):
+    POINTS[f"writing {file}"] = lambda n, f=file: before(os, "fsync", 1, half_written, writes(f))
+    POINTS[f"{file} just written"] = lambda n, f=file: before(os, "replace", 1, die, moves(f), after=True)
 ANY = "any moment"
 
 
@@ -106,7 +123,8 @@ def spawn(folder: Path, point=None, nth=1) -> int:
     try:
         os.chdir(folder)
         log = os.open(folder.parent / f"{folder.name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1); os.dup2(log, 2)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
         if point: POINTS[point](nth)
         whole_run()
         os._exit(0)
@@ -121,11 +139,18 @@ def ended(pid) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def results(folder): return {f: (folder / "runs" / KEY / f).read_bytes() if (folder / "runs" / KEY / f).is_file() else None for f in REPEATED}
+def results(folder):
+    "What a run made that every run makes alike: name -> bytes, None where it is missing."
+    paths = {f: folder / "runs" / KEY / f for f in REPEATED}
+    return {f: path.read_bytes() if path.is_file() else None for f, path in paths.items()}
 
 
-def left_over(folder):  # files that no run that was left alone has
-    return [str(p.relative_to(folder)) for p in folder.rglob("*") if p.name.endswith(".partial") or p.name.startswith(".tmp")] + [p.name for p in (folder / "runs" / KEY).iterdir() if p.name not in (*FILES, "train.ipynb")]
+def left_over(folder):
+    "Files that no run that was left alone has."
+    run, unfinished = folder / "runs" / KEY, lambda name: name.endswith(".partial") or name.startswith(".tmp")
+    strange = [str(p.relative_to(folder)) for p in folder.rglob("*") if unfinished(p.name)]
+    made = [p.relative_to(run).as_posix() for p in run.rglob("*") if p.is_file()]
+    return strange + [name for name in made if name not in (*FILES, "train.ipynb")]
 
 
 class Count(dict):
@@ -137,43 +162,74 @@ class Count(dict):
     def total(self, outcome): return sum(row.get(outcome, 0) for row in self.values())
 
 
+def not_survived(killed, folder, expected, said) -> str:
+    "What to say of a run that came out otherwise."
+    different = [f for f, b in results(folder).items() if b != expected[f]]
+    points, more = " and then ".join(killed), left_over(folder)
+    return f"not survived: {points}; left over {more}, different {different}\n{said}"
+
+
+def kill_once(folder: Path, point: str, nth: int, moment: float) -> bool:
+    "Start the run, and kill it at `point` or after `moment` seconds; returns whether it was running."
+    pid = spawn(folder, None if point == ANY else point, nth)
+    if point == ANY:
+        time.sleep(moment)
+        os.kill(pid, signal.SIGKILL)  # the process is still ours, also when it has ended
+    return ended(pid) == -signal.SIGKILL
+
+
 def kills(n: int, dice: random.Random, work: Path, say=print) -> Count:
-    "Kill a small run `n` times, up to three times in a row, and compare what it leaves in the end with an uninterrupted run."
+    "Kill a small run `n` times, up to three times in a row, and compare it with an uninterrupted one."
     count = Count()
     make_project(work / "fresh")
     shutil.copytree(work / "fresh", work / "whole")
     clock = time.perf_counter()
     assert ended(spawn(work / "whole")) == 0, (work / "whole.log").read_text()[-3000:]
     length, expected = time.perf_counter() - clock, results(work / "whole")
-    order = []
+    assert None not in expected.values() and not left_over(work / "whole"), left_over(work / "whole")
+    everywhere, order = [*POINTS, *[ANY] * (len(POINTS) // 3)], []
     while count.total("kills") < n:
         folder, killed = work / "killed", []
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(work / "fresh", folder)
         (work / "killed.log").unlink(missing_ok=True)
         for _ in range(min(dice.choice((1, 1, 2, 2, 3)), n - count.total("kills"))):
-            if not order: order = dice.sample([*POINTS, *[ANY] * (len(POINTS) // 3)], len(POINTS) + len(POINTS) // 3)
+            if not order: order = dice.sample(everywhere, len(everywhere))
             point = order.pop()
-            pid = spawn(folder, None if point == ANY else point, dice.randint(1, 6))
-            if point == ANY:
-                time.sleep(dice.random() * length)
-                os.kill(pid, signal.SIGKILL)  # the process is still ours, also when it has ended
-            if ended(pid) == -signal.SIGKILL: killed.append(point)
+            if kill_once(folder, point, dice.randint(1, 6), dice.random() * length): killed.append(point)
         good = ended(spawn(folder)) == 0 and results(folder) == expected and not left_over(folder)
-        if not good: say(f"not survived: {' and then '.join(killed)}; left over {left_over(folder)}, different {[f for f, b in results(folder).items() if b != expected[f]]}\n{(work / 'killed.log').read_text()[-1500:]}")
+        if not good: say(not_survived(killed, folder, expected, (work / "killed.log").read_text()[-1500:]))
         for point in killed: count.add(point, kills=1, survived=int(good))
     return count
 
 
+def kill_repro(process, dice: random.Random, length: float) -> bool:
+    "Kill a `dvc repro` with its group of processes or all that it started; returns whether it still ran."
+    import psutil
+    time.sleep(length * (0.2 + 0.8 * dice.random()))
+    if process.poll() is not None: return False
+    everything = [process, *psutil.Process(process.pid).children(recursive=True)]
+    if dice.random() < 0.5:
+        for p in everything: p.kill()
+    else: os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    return True
+
+
 def pipeline_kills(n: int, dice: random.Random, work: Path, say=print) -> Count:
-    "Kill a real `dvc repro` of a small run `n` times, with its whole group of processes or all that it started, and compare."
-    import psutil, subprocess
+    "Kill a real `dvc repro` of a small run and its test `n` times, and compare."
+    import subprocess
     from conftest import BIN, clone, edit_params, run
     count, name, fresh = Count(), "`dvc repro` at any moment", clone(work / "pipeline")
     edit_params(fresh, small)
-    run("dvc", "repro", "glyphs", "tasks@glyphs-5w1s", cwd=fresh)
-    def repro(folder): return subprocess.Popen([BIN / "dvc", "repro", f"train@{KEY}"], cwd=folder, env=env(folder), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-    def env(folder): return os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(folder), "DVC_NO_ANALYTICS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    run("dvc", "repro", "glyphs", f"tasks@{TEST.test}", cwd=fresh)
+    def env(folder):
+        paths = {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(folder)}
+        return os.environ | paths | {"DVC_NO_ANALYTICS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    def repro(folder):
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        command = [BIN / "dvc", "repro", f"test@{TEST.name}"]
+        return subprocess.Popen(command, cwd=folder, env=env(folder), **pipes)
     def status(folder): return run("git", "status", "--porcelain", "-uall", cwd=folder).stdout
     whole = work / "pipeline whole"
     shutil.copytree(fresh, whole)
@@ -181,22 +237,20 @@ def pipeline_kills(n: int, dice: random.Random, work: Path, say=print) -> Count:
     said = process.communicate()[0]
     assert process.returncode == 0, said[-3000:]
     length, expected, files = time.perf_counter() - clock, results(whole), status(whole)
+    assert None not in expected.values()
     while count.total("kills") < n:
         folder = work / "pipeline killed"
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(fresh, folder)
         process = repro(folder)
-        time.sleep(length * (0.2 + 0.8 * dice.random()))
-        everything = [process, *psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []
-        if not everything: continue
-        if dice.random() < 0.5:
-            for p in everything: p.kill()
-        else: os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        if not kill_repro(process, dice, length):
+            process.communicate()
+            continue
         again = repro(folder)
         said = again.communicate()[0]
-        good = again.returncode == 0 and results(folder) == expected and status(folder) == files and not left_over(folder)
-        if not good: say(f"not survived: {name}; left over {left_over(folder)}\n{said[-2000:]}")
+        good = again.returncode == 0 and results(folder) == expected
+        good = good and status(folder) == files and not left_over(folder)
+        if not good: say(not_survived([name], folder, expected, said[-2000:]))
         count.add(name, kills=1, survived=int(good))
     return count
 
@@ -207,8 +261,8 @@ class Format(NamedTuple):
     "A kind of file: how to make a sound one, and how the project reads it."
     name: str  # of the file too
     make: Callable[[], bytes]  # the bytes of a sound file
-    load: Callable[[Path], str]  # a digest of all that was read; what a user did wrong is a ValueError or an OSError that names the file
-    change: Callable | None = None  # (bytes, dice) -> changed bytes and whether they must be refused; `changed` by default
+    load: Callable[[Path], str]  # a digest of what it read; a user's error is one that names the file
+    change: Callable | None = None  # (bytes, dice) -> changed bytes, whether they must be refused
 
 
 def written(write, name="file") -> bytes:
@@ -221,44 +275,59 @@ def written(write, name="file") -> bytes:
 def small_pack():
     "A pack with everything that a pack can hold."
     dice = torch.Generator().manual_seed(0)
-    return packs.Pack(torch.randint(0, 256, (24, 5, 5, 3), generator=dice, dtype=torch.uint8), torch.arange(6).repeat_interleave(4), [f"class {i} é" for i in range(6)], ["even", "odd"] * 3,
-                      torch.randint(0, 5, (24, 4), generator=dice).short(), "small")
+    images = torch.randint(0, 256, (24, 5, 5, 3), generator=dice, dtype=torch.uint8)
+    labels, classes = torch.arange(6).repeat_interleave(4), [f"class {i} é" for i in range(6)]
+    boxes = torch.randint(0, 5, (24, 4), generator=dice).short()
+    return packs.Pack(images, labels, classes, ["even", "odd"] * 3, boxes, "small")
 
 
 def small_net():
     torch.manual_seed(0)
-    return network.build(dict(backbone="Conv64", channels=3, width=4, pools=2, way=3, layers=2, d_k=4, d_v=4, attention="SpatialAttention", n_semantic=6, mean=[0.4, 0.5, 0.6], std=[0.2, 0.3, 0.2], sigma=0.25, size=16))
+    options = dict(layers=2, d_k=4, d_v=4, attention="SpatialAttention", sigma=0.25)
+    data = dict(channels=3, size=16, n_semantic=6, mean=[0.4, 0.5, 0.6], std=[0.2, 0.3, 0.2])
+    body = dict(backbone="Conv64", width=4, pools=2)
+    return method.build(dict(method="stanet", options=options, way=3) | body | data)
+
+
+def sha_of(tensors: dict, about: dict) -> str:
+    return packs.digest(*(t for _, t in sorted(tensors.items())), text=json.dumps(about, sort_keys=True))
 
 
 def load_weights(path):
-    net = network.load_network(path)
-    return packs.digest(*(t for _, t in sorted(net.state_dict().items())), text=json.dumps(net.about, sort_keys=True))
+    net = weights.load_network(path)
+    return sha_of(net.state_dict(), net.about)
 
 
 def small_tasks(): return stanet.episodes.draw_task_set(small_pack().labels, 3, 1, 2, 10)
 
 
-STATES = [({"net.w": torch.arange(12.0) * step, "torch": torch.arange(20, dtype=torch.uint8)}, {"history": [{"step": step, "loss": 1.0}], "seconds": 1.0, "devices": {}}) for step in (10, 20)]
+def state_of(step):
+    "Tensors and notes of a state."
+    tensors = {"net.w": torch.arange(12.0) * step, "torch": torch.arange(20, dtype=torch.uint8)}
+    return tensors, {"history": [{"step": step, "loss": 1.0}], "seconds": 1.0, "devices": {}}
+
+
+STATES = [state_of(step) for step in (10, 20)]
 
 
 def state_file() -> tuple[str, bytes]:
     "Name and bytes of the newer state."
     with tempfile.TemporaryDirectory() as folder:
-        training.Checkpoints(folder).save(20, *STATES[1])
+        runtime.Checkpoints(folder).save(20, *STATES[1])
         path, = Path(folder).iterdir()
         return path.name, path.read_bytes()
 
 
 def load_state(path):
-    "Put the bytes where the newest state should be, with a sound one before it. A state that is passed over counts as refused."
+    "Put the bytes where the newest state should be, after a sound one. Passed over counts as refused."
+    tensors, about = STATES[0]
     with tempfile.TemporaryDirectory() as folder:
-        states = training.Checkpoints(folder)
-        states.save(10, *STATES[0])
+        states = runtime.Checkpoints(folder)
+        states.save(10, tensors, about)
         shutil.copy(path, Path(folder) / state_file()[0])
-        tensors, about = states.latest()
-        sha = packs.digest(*(t for _, t in sorted(tensors.items())), text=json.dumps(about, sort_keys=True))
-        if sha == packs.digest(*(t for _, t in sorted(STATES[0][0].items())), text=json.dumps(STATES[0][1] | {"step": 10}, sort_keys=True)): raise ValueError(f"{path}: passed over, the state before it is used")
-        return sha
+        sha = sha_of(*states.latest())
+    if sha != sha_of(tensors, about | {"step": 10}): return sha
+    raise ValueError(f"{path}: passed over, the state before it is used")
 
 
 def load_yaml(path):
@@ -279,67 +348,194 @@ def zipped(name, content):
 
 def foreign(dice) -> bytes:
     "Another file altogether."
-    header = json.dumps({"__metadata__": {"pack": "{}", "tasks": "[]", "stanet": "null", "state": "3"}, "x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    texts = {"pack": "{}", "tasks": "[]", "stanet": "null", "state": "3"}
+    tensor = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+    header = json.dumps({"__metadata__": texts, "x": tensor}).encode()
     return dice.choice([
-        lambda: b"", lambda: b"\0" * dice.randint(1, 5000), lambda: dice.randbytes(dice.randint(1, 5000)), lambda: b"<!DOCTYPE html><html><body>404 Not Found</body></html>",
-        lambda: pickle.dumps(Poison()), lambda: zipped("archive/data.pkl", pickle.dumps(Poison())), lambda: zipped("../outside.txt", "out"),
-        lambda: b"null", lambda: b"[" * 100_000, lambda: b"\x89PNG\r\n\x1a\n" + dice.randbytes(100), lambda: (2 ** 63 - 1).to_bytes(8, "little") + b"{}", lambda: (10 ** 8).to_bytes(8, "little") + b"{" * 100,
-        lambda: len(header).to_bytes(8, "little") + header + b"\0" * 4, lambda: dice.choice(FORMATS).make(),
+        lambda: b"",
+        lambda: b"\0" * dice.randint(1, 5000),
+        lambda: dice.randbytes(dice.randint(1, 5000)),
+        lambda: b"<!DOCTYPE html><html><body>404 Not Found</body></html>",
+        lambda: pickle.dumps(Poison()),
+        lambda: zipped("archive/data.pkl", pickle.dumps(Poison())),
+        lambda: zipped("../outside.txt", "out"),
+        lambda: b"null",
+        lambda: b"[" * 100_000,
+        lambda: b"\x89PNG\r\n\x1a\n" + dice.randbytes(100),
+        lambda: (2 ** 63 - 1).to_bytes(8, "little") + b"{}",
+        lambda: (10 ** 8).to_bytes(8, "little") + b"{" * 100,
+        lambda: len(header).to_bytes(8, "little") + header + b"\0" * 4,
+        lambda: dice.choice(FORMATS).make(),
     ])()
 
 
 def changed(data: bytes, dice: random.Random) -> tuple[bytes, bool | None]:
     "`data` changed somewhere, half of the time in its first part, where a header is."
-    place = lambda: dice.randrange(min(len(data), 600) if dice.random() < 0.5 else len(data))
+    def place(): return dice.randrange(min(len(data), 600) if dice.random() < 0.5 else len(data))
     def put(i, new, gone=None): return data[:i] + new + data[i + (len(new) if gone is None else gone):]
+    def one_bit(i): return put(i, bytes([data[i] ^ 1 << dice.randrange(8)]))
     i, j = place(), place()
     return dice.choice([
-        lambda: data[:i], lambda: data[:-dice.randint(1, 9)], lambda: put(i, bytes([data[i] ^ 1 << dice.randrange(8)])), lambda: put(i, bytes([data[i] ^ 1 << dice.randrange(8)])),
-        lambda: put(i, dice.randbytes(dice.randint(1, 16))), lambda: put(i, dice.randbytes(dice.randint(1, 16)), 0), lambda: put(i, b"", dice.randint(1, 16)), lambda: put(i, str(dice.randint(0, 99)).encode()),
-        lambda: put(i, b"\0" * dice.randint(1, 64)), lambda: put(i, data[j:j + 32]), lambda: data + dice.randbytes(dice.randint(1, 64)), lambda: data[:i] + data[i:j] + data[i:], lambda: data[i:] + data[:i],
+        lambda: data[:i],
+        lambda: data[:-dice.randint(1, 9)],
+        lambda: one_bit(i),
+        lambda: one_bit(j),
+        lambda: put(i, dice.randbytes(dice.randint(1, 16))),
+        lambda: put(i, dice.randbytes(dice.randint(1, 16)), 0),
+        lambda: put(i, b"", dice.randint(1, 16)),
+        lambda: put(i, str(dice.randint(0, 99)).encode()),
+        lambda: put(i, b"\0" * dice.randint(1, 64)),
+        lambda: put(i, data[j:j + 32]),
+        lambda: data + dice.randbytes(dice.randint(1, 64)),
+        lambda: data[:i] + data[i:j] + data[i:],
+        lambda: data[i:] + data[:i],
         lambda: foreign(dice),
     ])(), None
 
 
+# ---------------------------------------------------------------- params.yaml
+
 NONSENSE = [[], {"a": 1}, None, "no such thing", -1, float("nan"), float("inf"), "5", [1, 2]]
+NO_MAPPING = [None, "no such thing", 3, [[]], {"A b": {}}]  # nor a list of values or rows
+WORDS = ("method", "variant", "backbone", "dataset")  # of a row: any text is right
+MAY_BE_NONE = ("run", "paper", "paper_ci")  # of a row
 
 
 def places(tree, prefix=()):
-    "The paths of all fields in nested mappings."
-    for k, v in tree.items():
+    "The paths of all fields in nested mappings and lists."
+    parts = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    for k, v in parts:
         yield (*prefix, k)
-        if isinstance(v, dict): yield from places(v, (*prefix, k))
+        if isinstance(v, (dict, list)): yield from places(v, (*prefix, k))
+
+
+def a_place(tree, dice: random.Random, fits=lambda path, parent: True):
+    "A place in one of the sections, each as likely: what holds it, the name or number there, the path."
+    def parent_of(path):
+        parent = tree
+        for k in path[:-1]: parent = parent[k]
+        return parent
+    while True:
+        section = dice.choice(list(tree))
+        paths = [(section,), *places(tree[section], (section,))]
+        if not (paths := [p for p in paths if fits(p, parent_of(p))]): continue
+        path = dice.choice(paths)
+        return parent_of(path), path[-1], path
+
+
+def in_row(path) -> bool: return path[0] == "reports" and len(path) == 5  # reports, NAME, rows, NUMBER, field
+
+
+def wrong_values(path, value) -> list:
+    "What must not stand in the place of `value`."
+    if isinstance(value, (dict, list)): return NO_MAPPING
+    alike = ("no such thing", -1)  # of the same type, and still wrong
+    wrong = [v for v in NONSENSE if not isinstance(v, type(value)) or v in alike or v != v]
+    if in_row(path) and path[-1] in WORDS: wrong = [v for v in wrong if not isinstance(v, str)]
+    if in_row(path) and path[-1] in MAY_BE_NONE: wrong = [v for v in wrong if v is not None]
+    return wrong
+
+
+def wrong_value(tree, dice):
+    parent, last, path = a_place(tree, dice)
+    parent[last] = dice.choice(wrong_values(path, parent[last]))
+    return tree
+
+
+def unknown_field(tree, dice):
+    parent, last, path = a_place(tree, dice, lambda p, parent: isinstance(parent, dict))
+    within = isinstance(parent[last], dict)
+    named = path[0] in ("recipes", "networks") and len(path) == 1  # an empty one is sound, whatever its name
+    field = dice.choice(["layer", "Recipe", "learning-rate", "x" * 50, "é"])
+    (parent[last] if within else parent)[field] = dice.choice([1, "a", None] if named else [1, "a", None, {}])
+    return tree
+
+
+def mistyped_field(tree, dice):
+    fits = lambda path, parent: isinstance(parent, dict) and len(path) != 2  # names of entries are free
+    parent, last, _ = a_place(tree, dice, fits)
+    parent[last[:-1] + ("x" if last[-1] != "x" else "y")] = parent.pop(last)
+    return tree
+
+
+def mistyped_placeholder(tree, dice):
+    "A name in braces that has no values, in the name of an entry or in one of its fields."
+    def fits(path, parent):
+        if len(path) == 2: return "{" in path[-1]
+        if in_row(path) and path[-1] not in ("run", "test"): return False  # words, braces and all
+        return isinstance(parent, dict) and isinstance(parent[path[-1]], str) and "{" in parent[path[-1]]
+    parent, last, path = a_place(tree, dice, fits)
+    if len(path) == 2: parent[last.replace("}", "x}", 1)] = parent.pop(last)
+    else: parent[last] = parent[last].replace("}", "x}", 1)
+    return tree
+
+
+def missing_field(tree, dice):
+    "A section, or a field that has no default."
+    needed = {"task_sets": ("pack", "split"), "runs": ("recipe",), "reports": ("rows", "test")}
+    def fits(path, parent):
+        if len(path) == 1: return path[0] in ("recipes", "task_sets", "runs")
+        return len(path) > 2 and path[-1] in ("for", *needed.get(path[0], ()))
+    parent, last, _ = a_place(tree, dice, fits)
+    del parent[last]
+    return tree
+
+
+def other_shape(tree, dice):
+    return dice.choice([
+        [tree], "text", 3, None, {"params": tree},
+        tree | {"runs": list(tree["runs"].values())},
+        tree | {"reports": list(tree["reports"])},
+        tree | {"reports": {name: report["rows"] for name, report in tree["reports"].items()}},
+        tree | {"cells": {}},
+    ])
+
+
+def repeated_line(tree, dice) -> str:
+    out = yaml.safe_dump(tree, sort_keys=False)
+    lines = [line for line in out.splitlines() if ":" in line and not line.strip().startswith("-")]
+    line = dice.choice(lines)
+    one_word = line.count(" ") == len(line) - len(line.lstrip()) + 1
+    return out.replace(f"\n{line}\n", f"\n{line}\n{line}\n", 1) if one_word else f"{out}runs: {{}}\n"
+
+
+def other_words(text: str, tree, dice) -> str:
+    "The same parameters, written otherwise."
+    lines = text.splitlines()
+    outside = [i for i, line in enumerate(lines) if line and not line.startswith(" ")]
+    lines.insert(dice.choice(outside), dice.choice(["# a comment", "", "   # indented: [", "#" * 100]))
+    style = dict(sort_keys=dice.random() < 0.5, default_flow_style=dice.random() < 0.3)
+    return dice.choice([
+        lambda: "\n".join(lines) + "\n",
+        lambda: yaml.safe_dump(tree, **style),
+        lambda: text.replace("\n", "\r\n"),
+        lambda: json.dumps(tree),
+    ])()
+
+
+WRONG = [(wrong_value, 4), (unknown_field, 2), (mistyped_field, 2), (mistyped_placeholder, 1),
+         (missing_field, 1), (other_shape, 1)]  # and how likely each is
 
 
 def change_yaml(data: bytes, dice: random.Random) -> tuple[bytes, bool | None]:
-    "params.yaml with a wrong, unknown, missing or repeated field (must be refused), in other words (must not), or with changed bytes."
-    text, kind = data.decode(), dice.choice(["value", "value", "unknown", "typo", "gone", "twice", "words", "bytes", "bytes", "shape"])
-    tree = copy.deepcopy(yaml.safe_load(text))
+    """params.yaml with a wrong, unknown, missing or repeated field (must be refused),
+    in other words (must not), or with changed bytes."""
+    kind = dice.choice(["wrong"] * 6 + ["twice", "words", "bytes", "bytes"])
     if kind == "bytes": return changed(data, dice)
-    if kind == "words":
-        lines = text.splitlines()
-        lines.insert(dice.choice([i for i, line in enumerate(lines) if line and not line.startswith(" ")]), dice.choice(["# a comment", "", "   # indented: [", "#" * 100]))
-        return dice.choice([lambda: "\n".join(lines) + "\n", lambda: yaml.safe_dump(tree, sort_keys=dice.random() < 0.5, default_flow_style=dice.random() < 0.3), lambda: text.replace("\n", "\r\n"), lambda: json.dumps(tree)])().encode(), False
-    path = list(dice.choice([p for p in places(tree) if kind != "typo" or len(p) != 2]))  # names of entries are free
-    parent = tree
-    for k in path[:-1]: parent = parent[k]
-    last = path[-1]
-    if kind == "value": parent[last] = dice.choice([v for v in NONSENSE if not isinstance(v, type(parent[last])) or v in ("no such thing", -1) or v != v] if not isinstance(parent[last], (dict, list)) else [None, "no such thing", 3, [[]], {"A b": {}}])
-    elif kind == "unknown": (parent[last] if isinstance(parent[last], dict) else parent)[dice.choice(["layer", "Recipe", "learning-rate", "x" * 50, "é"])] = dice.choice([1, "a", None, {}])
-    elif kind == "typo": parent[last[:-1] + ("x" if last[-1] != "x" else "y")] = parent.pop(last)
-    elif kind == "gone": del tree[dice.choice(["recipes", "task_sets", "runs", "cells", "reports"])]
-    elif kind == "shape": tree = dice.choice([[tree], "text", 3, None, {"params": tree}, tree | {"runs": list(tree["runs"].values())}, tree | {"reports": {}}, tree | {"reports": tree["reports"] * 2}])
-    out = yaml.safe_dump(tree, sort_keys=False)
-    if kind == "twice":
-        lines = [line for line in out.splitlines() if ":" in line and not line.strip().startswith("-")]
-        line = dice.choice(lines)
-        out = out.replace(line + "\n", line + "\n" + (line if not line.endswith(":") else line + " {}") + "\n", 1) if line.count(" ") == len(line) - len(line.lstrip()) + 1 else out + "runs: {}\n"
-    return out.encode(), True
+    tree = copy.deepcopy(yaml.safe_load(data.decode()))
+    if kind == "words": return other_words(data.decode(), tree, dice).encode(), False
+    if kind == "twice": return repeated_line(tree, dice).encode(), True
+    kinds, weight = zip(*WRONG)
+    spoil, = dice.choices(kinds, weight)
+    return yaml.safe_dump(spoil(tree, dice), sort_keys=False).encode(), True
 
+
+# ---------------------------------------------------------------- the files of a source
 
 def images(n):
     "`n` small pictures."
-    return [Image.fromarray(np.random.default_rng(i).integers(0, 256, (12, 12, 3), dtype=np.uint8)) for i in range(n)]
+    pixels = [np.random.default_rng(i).integers(0, 256, (12, 12, 3), dtype=np.uint8) for i in range(n)]
+    return [Image.fromarray(p) for p in pixels]
 
 
 def encoded(kind):
@@ -350,17 +546,29 @@ def encoded(kind):
 
 def cifar_part(part):
     "One of the three files of a CIFAR-100 with four classes of two images."
-    if part == "meta": return pickle.dumps({"fine_label_names": list("abcd"), "coarse_label_names": ["x", "y"]}, protocol=2)
+    names = {"fine_label_names": list("abcd"), "coarse_label_names": ["x", "y"]}
+    if part == "meta": return pickle.dumps(names, protocol=2)
     first = part == "test"
-    return pickle.dumps({b"data": np.random.default_rng(first).integers(0, 256, (4, 3072), dtype=np.uint8), b"fine_labels": [0, 1, 2, 3], b"coarse_labels": [0, 0, 1, 1], b"filenames": [f"{c}{int(first)}.png".encode() for c in "abcd"]}, protocol=2)
+    pixels = np.random.default_rng(first).integers(0, 256, (4, 3072), dtype=np.uint8)
+    files = [f"{c}{int(first)}.png".encode() for c in "abcd"]
+    labels = {b"fine_labels": [0, 1, 2, 3], b"coarse_labels": [0, 0, 1, 1]}
+    return pickle.dumps({b"data": pixels, **labels, b"filenames": files}, protocol=2)
 
 
-def mini_list(part): return ("filename,label\n" + "".join(f"n{c:08d}{i:08d}.jpg,n{c:08d}\n" for c in [("train", "val", "test").index(part) + 1] for i in (1, 2, 3))).encode()
+PARTS = ("train", "val", "test")
+
+
+def mini_list(part):
+    c = PARTS.index(part) + 1
+    rows = [f"n{c:08d}{i:08d}.jpg,n{c:08d}\n" for i in (1, 2, 3)]
+    return "".join(["filename,label\n", *rows]).encode()
 
 
 def mini_cache(part):
-    number = ("train", "val", "test").index(part)
-    return pickle.dumps({"image_data": np.random.default_rng(number).integers(0, 256, (4, 12, 12, 3), dtype=np.uint8), "class_dict": {f"n{number}": [0, 1], f"m{number}": [2, 3]}}, protocol=2)
+    number = PARTS.index(part)
+    pixels = np.random.default_rng(number).integers(0, 256, (4, 12, 12, 3), dtype=np.uint8)
+    classes = {f"n{number}": [0, 1], f"m{number}": [2, 3]}
+    return pickle.dumps({"image_data": pixels, "class_dict": classes}, protocol=2)
 
 
 RECORDED = {}  # name -> digest of the pack that was read first, from a sound file
@@ -369,12 +577,13 @@ RECORDED = {}  # name -> digest of the pack that was read first, from a sound fi
 def recorded(name, pack):
     "The digest of a pack, if it is the recorded one; else what `stanet data verify` says."
     sha = packs.pack_digest(pack)
-    if sha != RECORDED.setdefault(name, sha): raise ValueError(f"{name}: the pack's hash isn't the recorded one")
-    return sha
+    if sha == RECORDED.setdefault(name, sha): return sha
+    raise ValueError(f"{name}: the pack's hash isn't the recorded one")
 
 
 def load_source(read, lay):
-    "A reader for one file of a source: `lay(folder, path)` puts the file at `path` and sound ones into a folder, which `read` reads."
+    """A reader for one file of a source: `lay(folder, path)` puts the file at `path` and sound ones
+    into a folder, which `read` reads."""
     def load(path):
         with tempfile.TemporaryDirectory() as folder:
             tree = Path(folder) / path.name
@@ -398,8 +607,8 @@ def lay_mini(tree, path):
     (tree / "images").mkdir()
     for part in ("val", "test"): (tree / f"{part}.csv").write_bytes(mini_list(part))
     shutil.copy(path, tree / "train.csv")
-    names = [line.split(",")[0] for part in ("train", "val", "test") for line in mini_list(part).decode().splitlines()[1:]]
-    for name, image in zip(names, images(9)): image.save(tree / "images" / name)
+    rows = [line for part in PARTS for line in mini_list(part).decode().splitlines()[1:]]
+    for row, image in zip(rows, images(9)): image.save(tree / "images" / row.split(",")[0])
 
 
 def lay_class(tree, path):
@@ -408,19 +617,33 @@ def lay_class(tree, path):
     shutil.copy(path, tree / "a")
 
 
+def read_cifar(folder): return sources.read_cifar100(folder, {"classes": 4, "parents": 2, "images": 2})
+def read_cache(folder): return sources.read_mini(folder, 12, {"classes": 6, "images": 2})
+def read_list(folder): return sources.read_mini(folder, 12, {"classes": 3, "images": 3})
+def read_class(folder): return sources.read_folder(folder, 12)
+
+
+def made_pack(path): packs.save_pack(small_pack(), path)
+def made_tasks(path): stanet.episodes.save_tasks(small_tasks(), path, "a" * 64)
+def made_weights(path): weights.save_network(small_net(), path, key="small")
+def load_tasks(path): return stanet.episodes.tasks_digest(stanet.episodes.load_tasks(path, "a" * 64))
+
+
 FORMATS = [
-    Format("pack.safetensors", lambda: written(lambda p: packs.save_pack(small_pack(), p)), lambda p: packs.pack_digest(packs.load_pack(p))),
-    Format("tasks.safetensors", lambda: written(lambda p: stanet.episodes.save_tasks(small_tasks(), p, "a" * 64)), lambda p: stanet.episodes.tasks_digest(stanet.episodes.load_tasks(p, "a" * 64))),
-    Format("model.safetensors", lambda: written(lambda p: network.save_network(small_net(), p, key="small")), load_weights),
+    Format("pack.safetensors", lambda: written(made_pack), lambda p: packs.pack_digest(packs.load_pack(p))),
+    Format("tasks.safetensors", lambda: written(made_tasks), load_tasks),
+    Format("model.safetensors", lambda: written(made_weights), load_weights),
     Format("state.safetensors", lambda: state_file()[1], load_state),
-    Format("cifar-100-python", lambda: cifar_part("train"), load_source(lambda f: sources.read_cifar100(f, {"classes": 4, "parents": 2, "images": 2}), lay_cifar)),
-    Format("mini-imagenet-cache-train.pkl", lambda: mini_cache("train"), load_source(lambda f: sources.read_mini(f, 12, {"classes": 6, "images": 2}), lay_cache)),
-    Format("train.csv", lambda: mini_list("train"), load_source(lambda f: sources.read_mini(f, 12, {"classes": 3, "images": 3}), lay_mini)),
-    Format("image.png", lambda: encoded("PNG"), load_source(lambda f: sources.read_folder(f, 12), lay_class)),
-    Format("image.jpg", lambda: encoded("JPEG"), load_source(lambda f: sources.read_folder(f, 12), lay_class)),
+    Format("cifar-100-python", lambda: cifar_part("train"), load_source(read_cifar, lay_cifar)),
+    Format("mini-imagenet-cache-train.pkl", lambda: mini_cache("train"), load_source(read_cache, lay_cache)),
+    Format("train.csv", lambda: mini_list("train"), load_source(read_list, lay_mini)),
+    Format("image.png", lambda: encoded("PNG"), load_source(read_class, lay_class)),
+    Format("image.jpg", lambda: encoded("JPEG"), load_source(read_class, lay_class)),
     Format("params.yaml", lambda: (ROOT / "params.yaml").read_bytes(), load_yaml, change_yaml),
 ]
 
+
+# ---------------------------------------------------------------- what the project says of a file
 
 def same_values(text) -> bool:
     "Whether another YAML reader, DVC's, finds in the text what the project found, with no key twice."
@@ -429,26 +652,39 @@ def same_values(text) -> bool:
     except Exception: return False
 
 
+def refusal(form: Format, must_refuse, said: str) -> str:
+    "'refused' if a user could see from `said` what to do, else what is wrong."
+    lines = said.splitlines()
+    if form.name != "params.yaml":
+        good = len(lines) == 1 and form.name in lines[0]
+        return "refused" if good else f"wrong: not one line that names the file: {said}"
+    if must_refuse is False: return f"wrong: a sound file is refused: {said}"
+    good = lines[0].startswith("params.yaml: ") and len(lines) > 1
+    return "refused" if good else f"wrong: refused without its name or a reason: {said}"
+
+
 def outcome(form: Format, data: bytes, must_refuse, sound: str, folder: Path) -> str:
     "'refused', 'accepted', 'edit' (a changed value of params.yaml that is a right one too) or what is wrong."
-    path = folder / form.name
+    path, mark = folder / form.name, Path(os.environ["FAULTS_MARK"])
     path.write_bytes(data)
     try: got = form.load(path)
-    except (ValueError, OSError, ArithmeticError, SyntaxError) as error:  # what the command answers in one line
-        lines = str(error).splitlines()
-        if form.name == "params.yaml": return "refused" if must_refuse is not False and lines[0].startswith("params.yaml: ") and len(lines) > 1 else f"wrong: a sound file is refused, or without its name: {error}"
-        return "refused" if len(lines) == 1 and form.name in lines[0] else f"wrong: not one line that names the file: {error}"
+    except (ValueError, OSError, ArithmeticError, SyntaxError) as error:  # what the command says in one line
+        return refusal(form, must_refuse, str(error))
     except BaseException as error: return f"wrong: {type(error).__name__}: {error}"
     finally:
-        if os.path.exists(os.environ["FAULTS_MARK"]): os.unlink(os.environ["FAULTS_MARK"]); return "wrong: code was run"
-    if [p.name for p in folder.iterdir()] != [form.name]: return f"wrong: left {[p.name for p in folder.iterdir()]}"
+        if mark.exists():
+            mark.unlink()
+            return "wrong: code was run"
+    left = [p.name for p in folder.iterdir() if p != path]
+    if left: return f"wrong: left {left}"
     if must_refuse: return "wrong: accepted what must be refused"
     if got == sound: return "accepted"
-    return "edit" if form.name == "params.yaml" and must_refuse is None and same_values(data.decode()) else "wrong: accepted with another content"
+    edited = form.name == "params.yaml" and must_refuse is None and same_values(data.decode())
+    return "edit" if edited else "wrong: accepted with another content"
 
 
-def in_a_process(jobs, work, seconds=120) -> list:
-    "The outcomes of `jobs`, in a process of its own with limited memory and time; what it didn't come to is None."
+def in_a_process(jobs, work, seconds=240) -> list:
+    "The outcomes of `jobs`, in a process with limited memory and time; what it didn't come to is None."
     receive, send = os.pipe()
     if not (pid := os.fork()):
         try:
@@ -461,8 +697,8 @@ def in_a_process(jobs, work, seconds=120) -> list:
         finally: os._exit(0)
     os.close(send)
     with os.fdopen(receive) as source: found = [json.loads(line) for line in source if line.endswith("\n")]
-    how = ended(pid)
-    return found + [f"wrong: ended the process ({how})"] * (len(found) < len(jobs)) + [None] * (len(jobs) - len(found) - 1)
+    how, missing = ended(pid), len(jobs) - len(found)
+    return found + [f"wrong: ended the process ({how})"] * (missing > 0) + [None] * (missing - 1)
 
 
 def inputs(n: int, dice: random.Random, work: Path, say=print, formats=None) -> Count:
@@ -482,16 +718,24 @@ def inputs(n: int, dice: random.Random, work: Path, say=print, formats=None) -> 
             for job, found in zip(jobs, in_a_process(jobs, work)):
                 if found is None or found == "edit": continue
                 wanted -= 1
-                count.add(form.name, inputs=1, refused=int(found == "refused"), accepted=int(found == "accepted"), wrong=int(found.startswith("wrong")))
-                if found.startswith("wrong"):
-                    kept = work / f"wrong-{count.total('wrong')}-{form.name}"
-                    kept.write_bytes(job[1])
-                    say(f"{form.name}: {found[:300]}; kept as {kept}")
+                wrong = found.startswith("wrong")
+                is_ = {kind: int(found == kind) for kind in ("refused", "accepted")}
+                count.add(form.name, inputs=1, **is_, wrong=int(wrong))
+                if not wrong: continue
+                kept = work / f"wrong-{count.total('wrong')}-{form.name}"
+                kept.write_bytes(job[1])
+                say(f"{form.name}: {found[:300]}; kept as {kept}")
         (folder / form.name).unlink(missing_ok=True)
     return count
 
 
 # ---------------------------------------------------------------- all of it
+
+def summary_of(killed: Count, files: Count) -> str:
+    survived = f"kills {killed.total('survived')}/{killed.total('kills')} survived"
+    answers = f"{files.total('refused')} refused, {files.total('accepted')} accepted unchanged"
+    return f"faults: {survived}, inputs {answers}, {files.total('wrong')} wrong"
+
 
 def main():
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -499,22 +743,25 @@ def main():
     options.add_argument("--pipeline", type=int, default=8, help="kills of a real `dvc repro` beside them")
     options.add_argument("--inputs", type=int, default=2500, help="changed files")
     options.add_argument("--seed", type=int, default=0)
-    options.add_argument("--output", type=Path, help="where to write the counts; a campaign of at least 50 kills and 2,000 inputs writes results/faults.json")
+    where = "where to write the counts; results/faults.json for at least 50 kills and 2,000 inputs"
+    options.add_argument("--output", type=Path, help=where)
     o = options.parse_args()
     torch.set_num_threads(1)
     clock, work = time.perf_counter(), Path(tempfile.mkdtemp(prefix="faults-"))
     os.chdir(ROOT)
-    changed_files = inputs(o.inputs, random.Random(o.seed), work)
-    print(f"inputs: {dict(changed_files)}", flush=True)
+    files = inputs(o.inputs, random.Random(o.seed), work)
+    print(f"inputs: {dict(files)}", flush=True)
     killed = kills(o.kills, random.Random(o.seed), work) if o.kills else Count()
     print(f"kills: {dict(killed)}", flush=True)
     if o.pipeline: killed |= pipeline_kills(o.pipeline, random.Random(o.seed), work)
     killed = Count(sorted(killed.items()))
-    summary = f"faults: kills {killed.total('survived')}/{killed.total('kills')} survived, inputs {changed_files.total('refused')} refused, {changed_files.total('accepted')} accepted unchanged, {changed_files.total('wrong')} wrong"
-    good = killed.total("survived") == killed.total("kills") and not changed_files.total("wrong")
-    output = o.output or (ROOT / "results" / "faults.json" if killed.total("kills") >= 50 and changed_files.total("inputs") >= 2000 else None)
+    summary = summary_of(killed, files)
+    good = killed.total("survived") == killed.total("kills") and not files.total("wrong")
+    whole = killed.total("kills") >= 50 and files.total("inputs") >= 2000
+    output = o.output or (ROOT / "results" / "faults.json" if whole else None)
     if output:
-        about = {"summary": summary, "seed": o.seed, "seconds": round(time.perf_counter() - clock), **training.describe_device(), "kills": killed, "inputs": changed_files}
+        about = {"summary": summary, "seed": o.seed, "seconds": round(time.perf_counter() - clock)}
+        about |= runtime.describe_device() | {"kills": killed, "inputs": files}
         with packs.atomic(output) as temporary: temporary.write_text(json.dumps(about, indent=1) + "\n")
     if good: shutil.rmtree(work)
     print(summary, flush=True)

@@ -4,15 +4,26 @@ import pandas as pd
 import pytest
 from PIL import Image, ImageDraw
 from conftest import ROOT, run
-from stanet.network import STANet
+from stanet.experiment import read_correct
+from stanet.method import network_size
+from stanet.parameters import Test as RunOnSet
+from stanet.tables import test_folder as folder_of, tests_of
+from stanet.weights import from_pretrained, predict, weights_digest
 
-PAPER_RUNS = sorted(p.parent.name for p in (ROOT / "runs").glob("*/card.json") if not p.parent.name.startswith("glyphs-"))
+def recorded(pattern):
+    "The folders below runs/ with a file `pattern`, but for those of the quickstart, which are made where it runs."
+    return sorted(p.parent for p in (ROOT / "runs").glob(pattern) if not p.relative_to(ROOT / "runs").parts[0].startswith("glyphs-"))
+
+
+PAPER_RUNS = [folder.name for folder in recorded("*/card.json")]
+PAPER_TESTS = [folder.relative_to(ROOT / "runs").as_posix() for folder in recorded("*/tests/*/metrics.json")]
+TRAINED = {"model.safetensors", "history.csv", "card.json", "train.ipynb", "tests"}
 
 
 def test_table_needs_no_data(project):
     assert not (project / "data").exists()
     said = run("dvc", "repro", "--allow-missing", "report@table4", cwd=project).stdout
-    assert "Running stage 'train@" not in said and "Running stage 'tasks@" not in said
+    for stage in ("train", "further", "tasks", "test"): assert f"Running stage '{stage}@" not in said
     before = (ROOT / "results" / "table4.csv").read_text()
     run("dvc", "repro", "--single-item", "--force", "report@table4", cwd=project)
     assert (project / "results" / "table4.csv").read_text() == before
@@ -24,39 +35,81 @@ def test_failed_stage_keeps_what_was_recorded(project):
     assert run("git", "status", "--porcelain", "runs", cwd=project).stdout == ""
 
 
-def test_table_is_what_the_runs_measured():
+def test_failed_test_keeps_what_was_recorded(project):
+    failed = run("dvc", "repro", "--single-item", "--force", "test@omniglot-5w1s-stanet1-on-omniglot-5w1s", cwd=project, check=False)
+    assert failed.returncode and "stanet data" in failed.stdout + failed.stderr
+    assert run("git", "status", "--porcelain", "runs", cwd=project).stdout == ""
+
+
+def test_table_is_what_the_tests_measured():
     table = pd.read_csv(ROOT / "results" / "table4.csv")
     measured = table[table.status == "measured"]
-    assert len(measured) == 4
+    assert (measured.method == "STANet").sum() == 4
     for row in measured.itertuples():
-        metrics = json.loads((ROOT / "runs" / row.run / "metrics.json").read_text())
-        assert abs(metrics["accuracy"] - row.ours) < 0.006 and metrics["tasks"] == row.tasks >= 10_000 and metrics["parameters"] == row.params
+        (name,) = tests_of(row)
+        metrics = json.loads((folder_of(ROOT / "runs", name) / "metrics.json").read_text())
+        assert abs(metrics["accuracy"] - row.ours) < 0.006
+        assert metrics["tasks"] == row.tasks >= 10_000
+        assert metrics["parameters"] == row.params
 
 
 @pytest.mark.parametrize("key", PAPER_RUNS)
 def test_run_is_complete(key):
     folder = ROOT / "runs" / key
-    assert {p.name for p in folder.iterdir()} == {"model.safetensors", "metrics.json", "history.csv", "tasks.npz", "card.json", "train.ipynb"}
     card = json.loads((folder / "card.json").read_text())
-    assert card["metrics"] == json.loads((folder / "metrics.json").read_text()) and card["run"]["key"] == key
+    large = card["weights"]["bytes"] > 8_000_000  # such weights are not in git
+    found = {p.name for p in folder.iterdir()}
+    assert TRAINED - {"tests"} - ({"model.safetensors"} if large else set()) <= found <= TRAINED
+    assert card["run"]["key"] == key
     assert (folder / "train.ipynb").stat().st_size < 200_000
+
+
+@pytest.mark.parametrize("key", [k for k in PAPER_RUNS if (ROOT / "runs" / k / "model.safetensors").is_file()])
+def test_weights_are_those_of_the_card(key):
+    card = json.loads((ROOT / "runs" / key / "card.json").read_text())
+    net = from_pretrained(ROOT / "runs" / key / "model.safetensors")
+    assert weights_digest(net) == card["weights"]["sha256"]
+    assert network_size(net) == card["weights"]["parameters"]
+
+
+@pytest.mark.parametrize("place", PAPER_TESTS)
+def test_test_is_complete(place):
+    folder = ROOT / "runs" / place
+    assert {p.name for p in folder.iterdir()} == {"metrics.json", "answers.npz"}
+    metrics, correct = json.loads((folder / "metrics.json").read_text()), read_correct(folder)
+    assert place == RunOnSet(metrics["run"], metrics["test"], metrics["inductive"]).folder.removeprefix("runs/")
+    assert len(correct) == metrics["tasks"]
+    assert abs(100 * correct.mean() / metrics["queries"] - metrics["accuracy"]) < 1e-3
+    card = json.loads((ROOT / "runs" / metrics["run"] / "card.json").read_text())
+    assert metrics["weights_sha256"] == card["weights"]["sha256"]
+
+
+def test_every_cell_is_a_copy_of_its_test():
+    cells = sorted((ROOT / "results" / "cells").glob("*/*.json"))
+    assert cells
+    for cell in cells: assert cell.read_bytes() == (folder_of(ROOT / "runs", cell.stem) / "metrics.json").read_bytes()
 
 
 def drawing(shape, dx=0, dy=0):
     "A character as someone might draw it: dark strokes on white, 105 pixels."
     picture = Image.new("L", (105, 105), 255)
     pen = ImageDraw.Draw(picture)
-    lines = {"cross": [(25, 25, 80, 80), (80, 25, 25, 80)], "corner": [(30, 20, 30, 80), (30, 80, 80, 80)], "bars": [(25, 35, 80, 35), (25, 70, 80, 70)], "tree": [(52, 20, 52, 85), (25, 50, 52, 25), (80, 50, 52, 25)]}
+    lines = {
+        "cross": [(25, 25, 80, 80), (80, 25, 25, 80)],
+        "corner": [(30, 20, 30, 80), (30, 80, 80, 80)],
+        "bars": [(25, 35, 80, 35), (25, 70, 80, 70)],
+        "tree": [(52, 20, 52, 85), (25, 50, 52, 25), (80, 50, 52, 25)],
+    }
     for x0, y0, x1, y1 in lines.get(shape, []): pen.line((x0 + dx, y0 + dy, x1 + dx, y1 - dy), fill=0, width=4)
     if shape == "ring": pen.ellipse((28 + dx, 25 + dy, 78 + dx, 80), outline=0, width=4)
     return picture
 
 
-@pytest.mark.parametrize("key", [k for k in PAPER_RUNS if k.startswith("omniglot-5w1s-")])
+@pytest.mark.parametrize("key", [k for k in PAPER_RUNS if k.startswith("omniglot-5w1s-stanet")])
 def test_trained_network_classifies_drawings(key):
     shapes = ["ring", "cross", "corner", "bars", "tree"]
-    net = STANet.from_pretrained(key)
-    answers = net.predict([drawing(s) for s in shapes], range(5), [drawing(s, dx=4, dy=3) for s in ("tree", "ring", "bars")])
+    support, query = map(drawing, shapes), [drawing(s, dx=4, dy=3) for s in ("tree", "ring", "bars")]
+    answers = predict(from_pretrained(key), list(support), range(5), query)
     assert answers.shape == (3, 5) and answers.argmax(1).tolist() == [4, 0, 3]
 
 

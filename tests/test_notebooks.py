@@ -4,7 +4,8 @@ import pytest
 from nbdev.test import test_nb as run_notebook
 from conftest import ROOT, run
 
-LIBRARY = [*sorted((ROOT / "nbs").glob("*.ipynb")), *sorted((ROOT / "nbs" / "tutorials").glob("*.ipynb"))]
+FOLDERS = (".", "methods", "project", "tutorials")
+LIBRARY = [path for folder in FOLDERS for path in sorted((ROOT / "nbs" / folder).glob("*.ipynb"))]
 
 
 @pytest.mark.parametrize("notebook", [*LIBRARY, ROOT / "nbs" / "experiments" / "train.ipynb"], ids=lambda p: p.stem)
@@ -16,7 +17,7 @@ def test_checks_pass(notebook, monkeypatch):
 
 
 def test_package_is_what_the_notebooks_export(project):
-    for module in (project / "stanet").glob("[a-z]*.py"): module.write_text("")
+    for module in (project / "stanet").rglob("[a-z]*.py"): module.write_text("")
     run("nbdev_export", cwd=project)
     assert run("git", "status", "--porcelain", cwd=project).stdout == ""
 

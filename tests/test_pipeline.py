@@ -3,13 +3,25 @@ import json, re, shutil
 import nbformat, pytest, yaml
 from conftest import ROOT, clone, edit_params, run
 
-RUNS = ["glyphs-5w1s-stanet3", "glyphs-5w1s-stanet3-nosemantic", "glyphs-5w1s-stanet3-uniform"]
+SET = "glyphs-5w1s"
+RUNS = [f"{SET}-stanet3", f"{SET}-stanet3-nosemantic", f"{SET}-stanet3-uniform", f"{SET}-protonet"]
+TRAINED = {"model.safetensors", "history.csv", "card.json", "train.ipynb", "tests"}
 
 
 def small(params):
-    params["recipes"]["quick"].update(steps=12, tasks=2, mix=2, query=2)
-    params["task_sets"]["glyphs-5w1s"].update(n=60, query=3)
-    for key in RUNS: params["runs"][key].update(width=8, d_k=8, d_v=8)
+    for name in ("quick", "quick-protonet"): params["recipes"][name].update(steps=12, tasks=2, mix=2, query=2)
+    params["task_sets"][SET].update(n=60, query=3)
+    for key in RUNS: params["runs"][key].update(width=8)
+    for key in RUNS[:3]: params["runs"][key].update(d_k=8, d_v=8)
+
+
+def stages_run(text): return re.findall(r"Running stage '([^']+)'", text)
+
+
+def repro(folder): return stages_run(run("dvc", "repro", "report@quickstart", cwd=folder).stdout)
+
+
+def tests_of(folder, key): return folder / "runs" / key / "tests" / SET
 
 
 @pytest.fixture(scope="module")
@@ -21,22 +33,25 @@ def pipeline(tmp_path_factory):
     return folder, done.stdout
 
 
-def stages_run(text): return re.findall(r"Running stage '([^']+)'", text)
-
-
-def repro(folder): return stages_run(run("dvc", "repro", "report@quickstart", cwd=folder).stdout)
-
-
 def test_everything_is_made(pipeline):
     folder, said = pipeline
-    assert {f"train@{k}" for k in RUNS} < set(stages_run(said))
+    stages = set(stages_run(said))
+    assert {f"train@{k}" for k in RUNS} < stages and {f"test@{k}-on-{SET}" for k in RUNS} < stages
     for key in RUNS:
-        made = {p.name for p in (folder / "runs" / key).iterdir()}
-        assert made == {"model.safetensors", "metrics.json", "history.csv", "tasks.npz", "card.json", "train.ipynb"}
+        assert {p.name for p in (folder / "runs" / key).iterdir()} == TRAINED
+        assert {p.name for p in tests_of(folder, key).iterdir()} == {"metrics.json", "answers.npz"}
         assert (folder / "runs" / key / "train.ipynb").stat().st_size < 200_000
     rows = (folder / "results" / "quickstart.csv").read_text().splitlines()
-    assert rows[0] == "method,variant,backbone,params,dataset,way,shot,paper,paper_ci,ours,ours_ci,tasks,seeds,status,run,recipe,steps,images"
-    assert len(rows) == 4 and all(",measured," in r for r in rows[1:])
+    assert rows[0].startswith("method,variant,backbone,params,dataset,way,shot,paper,paper_ci,ours,ours_ci,tasks,seeds,status,run,recipe,steps,images")
+    assert len(rows) == 5 and all(",measured," in r for r in rows[1:])
+
+
+def test_card_says_what_made_the_run(pipeline):
+    card = json.loads((pipeline[0] / "runs" / RUNS[3] / "card.json").read_text())
+    assert card["run"]["method"] == "protonet" and len(card["code"]["fingerprint"]) == 64
+    assert {"commit", "fingerprint"} == card["code"].keys()
+    assert {"sha256", "parameters", "bytes"} == card["weights"].keys()
+    for field in ("device", "system", "python", "torch", "precision", "training_seconds", "images"): assert card[field]
 
 
 def test_second_repro_does_nothing(pipeline): assert repro(pipeline[0]) == []
@@ -47,39 +62,31 @@ def test_prose_does_not_retrain(pipeline):
     path = folder / "nbs" / "experiments" / "train.ipynb"
     nb = json.loads(path.read_text())
     nb["cells"][0]["source"] = "# Train one run\n\nBetter prose."
+    nb["cells"][-1]["source"] = "if not by_hand: record(run, net, history, trained, data)  # the same"
     path.write_text(json.dumps(nb, indent=1))
     module = folder / "stanet" / "attention.py"
-    module.write_text(module.read_text().replace('"Attention over the sites of each image, given a test representation (eq. 3 and 4)."', '"A better docstring."') + "\n# a comment\n")
-    assert "A better docstring" in module.read_text()
+    old = '"Attention over the sites of each image, given a test representation (eq. 3 and 4)."'
+    assert old in module.read_text()
+    module.write_text(module.read_text().replace(old, '"A better docstring."') + "\n# a comment\n")
     assert repro(folder) == ["fingerprints"]
 
 
 def test_one_run_changed_reruns_it_and_its_table(pipeline):
     folder, _ = pipeline
     edit_params(folder, lambda p: p["runs"][RUNS[2]].update(seed=1))
-    assert repro(folder) == ["fingerprints", f"train@{RUNS[2]}", "cell@quickstart-glyphs-5w1s-stanet3-uniform", "report@quickstart"]
+    name = f"{RUNS[2]}-on-{SET}"
+    assert repro(folder) == ["fingerprints", f"train@{RUNS[2]}", f"test@{name}", f"cell@{name}-in-quickstart", "report@quickstart"]
 
 
-def test_code_changes_the_fingerprint_of_runs_that_use_it(pipeline):
+def test_same_run_same_weights_and_answers(pipeline):
     folder, _ = pipeline
-    module = folder / "stanet" / "attention.py"
-    before, marks = module.read_text(), lambda: {p.name: p.read_text() for p in (folder / "fingerprints").iterdir()}
-    first = marks()
-    module.write_text(before.replace("1 / C.shape[3]", "1.0 / C.shape[3]"))
-    run("stanet", "fingerprints", cwd=folder)
-    changed = {n for n, m in marks().items() if m != first[n]}
-    module.write_text(before)
-    run("stanet", "fingerprints", cwd=folder)
-    uniform = {f"run-{k}" for k, r in yaml.safe_load((folder / "params.yaml").read_text())["runs"].items() if r.get("attention") == "UniformAttention"}
-    assert f"run-{RUNS[2]}" in changed and changed == uniform and marks() == first
-
-
-def test_same_run_same_metrics(pipeline):
-    folder, _ = pipeline
-    first = {n: (folder / "runs" / RUNS[0] / n).read_bytes() for n in ("metrics.json", "history.csv", "tasks.npz", "model.safetensors")}
+    def made():
+        files = [*(folder / "runs" / RUNS[0] / n for n in ("history.csv", "model.safetensors")), *tests_of(folder, RUNS[0]).iterdir()]
+        return {p.name: p.read_bytes() for p in files}
+    first = made()
     shutil.rmtree(folder / "scratch")
-    run("dvc", "repro", "--force", "--single-item", f"train@{RUNS[0]}", cwd=folder)
-    assert {n: (folder / "runs" / RUNS[0] / n).read_bytes() for n in first} == first
+    for stage in (f"train@{RUNS[0]}", f"test@{RUNS[0]}-on-{SET}"): run("dvc", "repro", "--force", "--single-item", stage, cwd=folder)
+    assert made() == first
 
 
 def test_wrong_parameter_stops_before_training(project):
@@ -88,21 +95,78 @@ def test_wrong_parameter_stops_before_training(project):
     assert done.returncode and f"runs.{RUNS[0]}.layer" in done.stdout + done.stderr and "train@" not in done.stdout
 
 
+def test_a_new_row_asks_for_the_same_command_again(pipeline):
+    "Another shot of the same weights: nothing is trained."
+    folder, _ = pipeline
+    def more(p):
+        p["task_sets"]["glyphs-5w3s"] = dict(pack="glyphs", split="glyphs", way=5, shot=3, query=3, n=60)
+        p["reports"]["quickstart"]["rows"].append(dict(method="STANet", variant="3 layers", backbone="Conv64", dataset="glyphs", test="glyphs-5w3s", run=RUNS[0]))
+    edit_params(folder, more)
+    stale = run("dvc", "repro", "report@quickstart", cwd=folder, check=False)
+    assert stale.returncode and "run the same command again" in stale.stdout + stale.stderr
+    name = f"{RUNS[0]}-on-glyphs-5w3s"
+    assert repro(folder) == ["fingerprints", "tasks@glyphs-5w3s", f"test@{name}", f"cell@{name}-in-quickstart", "report@quickstart"]
+
+
+def blocks(tutorial):
+    "The Python, YAML and other blocks that a tutorial's text shows."
+    cells = nbformat.read(ROOT / "nbs" / "tutorials" / tutorial, 4).cells
+    text = "\n".join(c.source for c in cells if c.cell_type == "markdown")
+    return {kind: re.findall(rf"```{kind}\n(.*?)```", text, re.DOTALL) for kind in ("python", "yaml")}
+
+
+def add_from_tutorial(folder, text):
+    "Put the runs and rows of a tutorial's YAML into params.yaml; returns the keys of the runs."
+    known = yaml.safe_load((folder / "params.yaml").read_text())
+    anchors = "".join(f"{n}: &{n} {json.dumps(v)}\n" for n, v in known["networks"].items())
+    added = yaml.safe_load(f"{anchors}{text}")
+    def add(p):
+        p["runs"].update(added["runs"])
+        p["reports"]["quickstart"]["rows"] += added["rows"]
+    edit_params(folder, add)
+    return list(added["runs"])
+
+
 def test_tutorial_adds_an_attention_variant(pipeline):
     folder, _ = pipeline
-    text = "\n".join(c.source for c in nbformat.read(ROOT / "nbs" / "tutorials" / "3_new_attention.ipynb", 4).cells if c.cell_type == "markdown")
-    variant, check, additions, row = (re.findall(rf"```{kind}\n(.*?)```", text, re.DOTALL)[n] for kind, n in (("python", 0), ("python", 1), ("yaml", 0), ("csv", 0)))
+    shown = blocks("3_new_attention.ipynb")
     path = folder / "nbs" / "07_attention.ipynb"
     nb = nbformat.read(path, 4)
-    nb.cells += [nbformat.v4.new_code_cell(variant), nbformat.v4.new_code_cell(check)]
+    nb.cells += [nbformat.v4.new_code_cell(code) for code in shown["python"][:2]]
     nbformat.write(nb, path)
     run("nbdev_export", cwd=folder)
     run("nbdev_test", "--path", path, "--n_workers", "0", cwd=folder)
-    known = yaml.safe_load((folder / "params.yaml").read_text())
-    added = yaml.safe_load(f"networks: {{glyphs: &glyphs {json.dumps(known['networks']['glyphs'])}}}\n{additions}")
-    edit_params(folder, lambda p: [p[kind].update(added[kind]) for kind in ("runs", "cells")])
-    with open(folder / "nbs" / "results" / "paper.csv", "a") as f: f.write(row)
+    (key,) = add_from_tutorial(folder, shown["yaml"][0])
     run("stanet", "check", cwd=folder)
-    (key,), (cell,) = added["runs"], added["cells"]
-    assert repro(folder) == ["fingerprints", f"train@{key}", f"cell@{cell}", "report@quickstart"]
+    assert "run the same command again" in run("dvc", "repro", "report@quickstart", cwd=folder, check=False).stderr
+    name = f"{key}-on-{SET}"
+    assert repro(folder) == ["fingerprints", f"train@{key}", f"test@{name}", f"cell@{name}-in-quickstart", "report@quickstart"]
     assert len(re.findall(r"sharp attention.*\d\d\.\d\d ± ", (folder / "results" / "quickstart.md").read_text())) == 1
+
+
+def cell_with(tutorial, text):
+    "The source of the one code cell of a tutorial that holds `text`."
+    cells = nbformat.read(ROOT / "nbs" / "tutorials" / tutorial, 4).cells
+    (source,) = [c.source for c in cells if c.cell_type == "code" and text in c.source]
+    return source
+
+
+def test_tutorial_adds_a_method(pipeline):
+    "A notebook, a run and a row: no other file is edited, and nothing recorded is trained again."
+    folder, _ = pipeline
+    imports, method = (cell_with("4_new_method.ipynb", t) for t in ("from stanet.method import", "class Ridge("))
+    assert len(f"{imports}\n{method}".splitlines()) < 40
+    sources = ["#| default_exp methods.ridge", f"#| export\n{imports}", f"#| export\n{method}"]
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(s) for s in sources])
+    nbformat.write(nb, folder / "nbs" / "methods" / "ridge.ipynb")
+    run("nbdev_export", cwd=folder)
+    edit_params(folder, lambda p: p["runs"]["glyphs-5w1s-stanet3"].update(penalty=2.0))
+    refused = run("stanet", "check", cwd=folder, check=False).stderr
+    assert "runs.glyphs-5w1s-stanet3.penalty" in refused
+    edit_params(folder, lambda p: p["runs"]["glyphs-5w1s-stanet3"].pop("penalty"))
+    (key,) = add_from_tutorial(folder, blocks("4_new_method.ipynb")["yaml"][0])
+    edit_params(folder, lambda p: p["runs"][key].update(width=8))
+    assert "run the same command again" in run("stanet", "fingerprints", cwd=folder, check=False).stderr
+    name = f"{key}-on-{SET}"
+    assert repro(folder) == ["fingerprints", f"train@{key}", f"test@{name}", f"cell@{name}-in-quickstart", "report@quickstart"]
+    assert len(re.findall(r"Ridge regression.*\d\d\.\d\d ± ", (folder / "results" / "quickstart.md").read_text())) == 1

@@ -1,59 +1,135 @@
-"A run killed at any moment ends with the weights of the one that was left alone."
+"A training killed at any moment ends with the weights of the one that was left alone: of one stage, and of two."
 import json, os, random, signal, subprocess, sys, time
 import pytest
 from conftest import clone, edit_params, run
 
-KEY = "glyphs-5w1s-stanet3"
+ONE, TWO = "glyphs-5w1s-stanet3", "glyphs-two-stages"
 FIT = """
-import sys, stanet.experiment as e, stanet.training as t
+import sys, stanet.experiment as e
 from stanet.parameters import find_run
 from stanet.glyphs import glyphs
 from stanet.packs import digest
-t.train.__defaults__ = tuple(0.0 if d == 30.0 else 5 if d == 50 else d for d in t.train.__defaults__)  # a state at every row of the history, a row every 5 steps
+from stanet.training import Pace
 print("started", flush=True)
-net, history, _ = e.fit(find_run(sys.argv[1]), glyphs(classes=12, per_class=8))
+pace = Pace(every=5, save_seconds=0.0)  # a state at every row of the history
+net, history, _ = e.fit(find_run(sys.argv[1]), glyphs(classes=12, per_class=8), pace)
 print("weights", digest(*net.state_dict().values()), digest(text=history.to_csv()), flush=True)
 """
+TWO_STAGES = '''"A classifier first; then, on its features computed once, a scaled nearest mean that knows all training classes."
+import torch
+import torch.nn.functional as F
+from torch import nn
+from stanet.losses import task_loss
+from stanet.method import Method, MethodOptions, share_right, take
+
+
+class TwoStages(Method):
+    stages, cached, any_way = ("classes", "meta"), ("meta",), True
+
+    def setup(self): self.W = nn.Linear(self.backbone.n_ch, self.classes)
+
+    def begin(self, stage):
+        super().begin(stage)
+        if stage == "classes": return
+        self.scale = nn.Parameter(torch.tensor(1.0))
+        for p in self.backbone.parameters(): p.requires_grad_(False)
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.stage == "meta": self.backbone.eval()
+        return self
+
+    def classify(self, support, labels, query):
+        member = F.one_hot(labels.long()).to(support.dtype)
+        means = torch.einsum("bsw,bsc->bwc", member, support.mean((-2, -1))) / member.sum(1)[..., None]
+        return -self.scale * torch.cdist(query.mean((-2, -1)), means)
+
+    def forward(self, batch):
+        if self.stage == "classes":
+            logits = self.W(self.embed(batch.images).float().mean((-2, -1)))
+            loss = F.cross_entropy(logits, batch.classes)
+            return {"loss": loss, "accuracy": (logits.argmax(-1) == batch.classes).float().mean()}
+        tasks, maps = batch.tasks, batch.images
+        own = self.W(maps.mean((-2, -1)))
+        apart = (batch.classes[batch.others][..., None] != batch.classes[tasks.support][:, None]).all()
+        assert apart, "images beside a task are of its classes"
+        logits = self.classify(take(maps, tasks.support), tasks.support_labels, take(maps, tasks.query))
+        loss = task_loss(logits, tasks.query_labels) + F.cross_entropy(own[batch.others.flatten()], batch.classes[batch.others.flatten()])
+        return {"loss": loss, "accuracy": share_right(logits, tasks.query_labels)}
+'''
 
 
 def small(params):
     params["recipes"]["quick"].update(steps=150, tasks=2, mix=2, query=2)
-    params["runs"][KEY].update(width=8, d_k=8, d_v=8)
+    params["recipes"]["two-classes"] = dict(steps=60, sampler="images", images=16, optimiser="sgd", lr=0.05, clip=1.0, weight_decay=0.0, precision="float32")
+    params["recipes"]["two-meta"] = dict(steps=60, tasks=2, query=2, others=3, single=False, classes="uniform", lr=1e-2, weight_decay=0.0, precision="float32")
+    params["runs"][ONE].update(width=8, d_k=8, d_v=8)
+    recipes = {"classes": "two-classes", "meta": "two-meta"}
+    general = dict(method="twostages", pack="glyphs", split="glyphs", width=8, pools=3, semantic_weight=0.0)
+    params["runs"][TWO] = general | {"recipe": recipes}
+    params["runs"][f"{TWO}-5s"] = general | {"recipe": recipes, "shot": 5}
 
 
-def start(folder):
+def start(folder, key):
     env = os.environ | {"PYTHONPATH": str(folder)}
-    return subprocess.Popen([sys.executable, "-c", FIT, KEY], cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-c", FIT, key], cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def finish(folder):
-    out, err = start(folder).communicate()
+def finish(folder, key):
+    out, err = start(folder, key).communicate()
     assert "weights" in out, err[-3000:]
     return out.strip().splitlines()[-1]
 
 
+def project(folder):
+    clone(folder)
+    edit_params(folder, small)
+    (folder / "stanet" / "methods" / "twostages.py").write_text(TWO_STAGES)
+    return folder
+
+
+def steps_of(folder, stage):  # of the states on disk, newest last
+    return [int(p.stem.split("-")[1]) for p in sorted((folder / "scratch").glob(f"*-{stage}-*/step-*.safetensors"))]
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    folder = clone(tmp_path_factory.mktemp("resume") / "whole")
-    edit_params(folder, small)
-    return finish(folder)
+    folder = project(tmp_path_factory.mktemp("resume") / "whole")
+    return folder, {key: finish(folder, key) for key in (ONE, TWO)}
 
 
-@pytest.mark.parametrize("seed", range(3))
+def kill_in(folder, key, stage, dice, further=0):
+    "Start the training, and kill it when it has gone further in the stage than the step `further`; returns the step of its last state."
+    process = start(folder, key)
+    while process.poll() is None:
+        if max(steps_of(folder, stage), default=0) > further: break
+        time.sleep(0.01)
+    time.sleep(dice.random() * 0.3)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    return max(steps_of(folder, stage), default=0)
+
+
+@pytest.mark.parametrize("seed", range(2))
 def test_killed_and_resumed(tmp_path, whole, seed):
-    folder = clone(tmp_path / "killed")
-    edit_params(folder, small)
-    dice, steps = random.Random(seed), []
-    for _ in range(2):
-        process = start(folder)
-        seen = max(steps, default=0)
-        while process.poll() is None:  # until it has gone a little further than last time
-            states = sorted((folder / "scratch").glob("*/step-*.safetensors"))
-            if states and int(states[-1].stem.split("-")[1]) > seen: break
-            time.sleep(0.01)
-        time.sleep(dice.random() * 0.5)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        steps.append(int(sorted((folder / "scratch").glob("*/step-*.safetensors"))[-1].stem.split("-")[1]))
-    assert steps[0] < 150, "the run was over before it was killed"
-    assert finish(folder) == whole
+    folder, dice = project(tmp_path / "killed"), random.Random(seed)
+    first = kill_in(folder, ONE, "meta", dice)
+    assert 0 < first < 150, "the training was over before it was killed"
+    kill_in(folder, ONE, "meta", dice, first)
+    assert finish(folder, ONE) == whole[1][ONE]
+
+
+@pytest.mark.parametrize("stage", ["classes", "meta"])
+def test_killed_in_a_stage_and_resumed(tmp_path, whole, stage):
+    folder = project(tmp_path / "killed")
+    assert kill_in(folder, TWO, stage, random.Random(0)) > 0
+    assert finish(folder, TWO) == whole[1][TWO]
+
+
+def test_a_classifier_is_trained_once_for_all_shots(whole):
+    folder, _ = whole
+    classifiers = lambda: {p.name for p in (folder / "scratch").glob("*-classes-*")}
+    before = classifiers()
+    said = start(folder, f"{TWO}-5s").communicate()[0]
+    assert "weights" in said and classifiers() == before and len(before) == 1
+    assert len(list((folder / "scratch").glob("*-twostages-meta-*"))) == 2

@@ -4,7 +4,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urljoin, urlsplit
 import pandas as pd
-import pytest
+import pytest, yaml
 from conftest import ROOT, run
 
 DOCS = ROOT / "_docs"
@@ -76,10 +76,20 @@ def browser():
 
 
 def test_every_page_is_there(pages):
-    expected = {"index.html", "notation.html", "ledger.html", "results/index.html", "reference/command.html", "reference/params.html"}
-    expected |= {re.sub(r"(^|/)\d+_", r"\1", p.relative_to(ROOT / "nbs").with_suffix(".html").as_posix()) for folder in ("nbs", "nbs/tutorials") for p in (ROOT / folder).glob("*.ipynb")}
-    expected |= {f"results/{p.stem}.html" for p in (ROOT / "results").glob("*.ipynb")} | {f"runs/{p.parent.name}.html" for p in (ROOT / "runs").glob("*/card.json")}
+    def page_of(path): return re.sub(r"(^|/)\d+_", r"\1", path.relative_to(ROOT / "nbs").with_suffix(".html").as_posix())
+    expected = {"results/index.html", "reference/command.html", "reference/params.html"}
+    for folder in (".", "methods", "tutorials", "project"): expected |= {page_of(p) for p in (ROOT / "nbs" / folder).glob("*.ipynb")}
+    expected |= {f"results/{p.stem}.html" for p in (ROOT / "results").glob("*.ipynb")}
+    expected |= {f"runs/{p.parent.name}.html" for p in (ROOT / "runs").glob("*/card.json")}
     assert set(pages) == expected
+    assert {"index.html", "methods/stanet.html", "project/ledger.html"} <= expected
+
+
+def test_sidebar_follows_the_data(pages):
+    contents = yaml.safe_load((ROOT / "nbs" / "sidebar.yml").read_text())["website"]["sidebar"]["contents"]
+    groups = {c["section"]: c["contents"] for c in contents if isinstance(c, dict)}
+    assert groups["The library"] == sorted(p.name for p in (ROOT / "nbs").glob("[0-9]*.ipynb"))
+    assert groups["Methods"] == "methods/*.ipynb" and groups["The project"] == "project/*.ipynb"
 
 
 def test_links_lead_somewhere(pages):
@@ -109,21 +119,36 @@ def test_every_run_of_a_table_is_one_click_away(pages):
 
 
 def test_a_run_leads_to_each_report_it_stands_in(pages):
-    for cell in (ROOT / "results" / "cells").glob("*/*.json"): assert f"../results/{cell.parent.name}.html" in pages[f"runs/{cell.stem}.html"].links
+    for cell in (ROOT / "results" / "cells").glob("*/*.json"):
+        if not (ROOT / "results" / f"{cell.parent.name}.ipynb").is_file(): continue  # not made yet
+        run_key = json.loads(cell.read_text())["run"]
+        assert f"../results/{cell.parent.name}.html" in pages[f"runs/{run_key}.html"].links
+
+
+def test_a_run_shows_each_of_its_tests(pages):
+    for path in (ROOT / "runs").glob("*/tests/*/metrics.json"):
+        m, text = json.loads(path.read_text()), (DOCS / "runs" / f"{path.parts[-4]}.html").read_text()
+        assert path.parent.name in text and f"{m['accuracy']:.2f} ± {m['ci95']:.2f}" in text
 
 
 def test_a_notebook_that_leaves_its_folder_becomes_a_page_alone(tmp_path):
-    source = {"cell_type": "code", "id": "go", "metadata": {}, "execution_count": None, "outputs": [], "source": f"import os; os.chdir({str(tmp_path)!r})"}
+    source = {"cell_type": "code", "id": "go", "metadata": {}, "execution_count": None, "outputs": []}
+    source["source"] = f"import os; os.chdir({str(tmp_path)!r})"
     text = {"cell_type": "markdown", "id": "say", "metadata": {}, "source": "# Away"}
     (tmp_path / "away.ipynb").write_text(json.dumps({"cells": [text, source], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}))
-    run(sys.executable, "-c", f"from pathlib import Path; from stanet.site import render_notebook; render_notebook(Path({str(tmp_path / 'away.ipynb')!r}))", cwd=ROOT)
+    render = "import sys; from pathlib import Path; from stanet.site import render_notebook; render_notebook(Path(sys.argv[1]))"
+    run(sys.executable, "-c", render, tmp_path / "away.ipynb", cwd=ROOT)
 
 
 def test_reference_comes_from_the_code(pages):
     from stanet.cli import app
-    from stanet.parameters import Run
+    from stanet.method import find_method, known_methods
+    from stanet.parameters import RowEntry, Run, TaskSet
+    from stanet.site import NOT_TYPED
     params, command = ((DOCS / "reference" / f"{n}.html").read_text() for n in ("params", "command"))
-    assert [f for f in Run.model_fields if f"<code>{f}</code>" not in params] == []
+    models = [Run, TaskSet, RowEntry, *(find_method(name).Options for name in known_methods())]
+    fields = {field for model in models for field in model.model_fields} - set(NOT_TYPED)
+    assert [f for f in sorted(fields) if f"<code>{f}</code>" not in params] == []
     assert [c.name or c.callback.__name__ for c in app.registered_commands if f"stanet {c.name or c.callback.__name__}" not in command] == []
 
 
@@ -170,9 +195,11 @@ def test_a_figure_leads_to_its_card(site, browser):
     page.goto(site + "results/table4.html")
     page.locator("table.results a").first.click()
     page.wait_for_url("**/runs/*.html")
-    metrics = json.loads((ROOT / "runs" / Path(urlsplit(page.url).path).stem / "metrics.json").read_text())
+    tests = (ROOT / "runs" / Path(urlsplit(page.url).path).stem / "tests").glob("*/metrics.json")
     text = page.locator("main").inner_text()
-    assert f"{metrics['accuracy']:.2f} ± {metrics['ci95']:.2f} %" in text and "Time, device and versions" in text and "Its notebook" in text
+    for metrics in (json.loads(path.read_text()) for path in tests):
+        assert f"{metrics['accuracy']:.2f} ± {metrics['ci95']:.2f}" in text
+    for heading in ("Measured", "Time, device, code and versions", "Parameters", "Its notebook"): assert heading in text
     page.close()
 
 
@@ -184,6 +211,6 @@ def test_light_and_dark_by_hand(site, browser):
     page.evaluate("() => window.smalldocsToggleScheme()")
     page.wait_for_function("() => document.documentElement.getAttribute('data-bs-theme') === 'dark'")
     dark = theme()
-    page.goto(site + "ledger.html")
+    page.goto(site + "project/ledger.html")
     assert theme() == dark and dark[1] != light[1]
     page.close()
