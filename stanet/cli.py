@@ -128,10 +128,13 @@ def fingerprints():
     raise ValueError("pipeline.yaml was out of date and has been written anew; run the same command again, as DVC reads its stages first")
 
 @app.command()
-def equivalent(rev: Annotated[str, typer.Argument(help="a commit, a tag or a branch")]):
+def equivalent(
+    rev: Annotated[str, typer.Argument(help="a commit, a tag or a branch")],
+    steps: Annotated[int | None, typer.Option(help="steps of each try; 40 if not given, and 8 with ResNet12")] = None,
+):
     "Prove that the code of REV trains recorded runs to the same bits as the code here, and note it in equivalent.csv."
     from stanet.equivalent import equivalent
-    equivalent(rev)
+    equivalent(rev, steps=steps)
 
 @app.command()
 def glyphs():

@@ -53,9 +53,9 @@ class ResNet12(nn.Module):
 
     def forward(self, images): return self.blocks(images)
 
-# %% ../nbs/06_embedding.ipynb #10f59f9a
+# %% ../nbs/06_embedding.ipynb #2fa453d7
 class Strided64(nn.Module):
-    "Images `(n, c, h, w)` to feature maps `(n, n_ch, h_f, w_f)`: four blocks without a pool, the first `pools` with stride 2."
+    "Images `(n, c, h, w)` to maps `(n, n_ch, h_f, w_f)`: four blocks without a pool, the first `pools` of stride 2."
     def __init__(self, channels: int = 3, width: int = 64, pools: int = 4, dropout: float = 0.0):
         super().__init__()
         self.n_ch = width
@@ -65,9 +65,9 @@ class Strided64(nn.Module):
 
     def forward(self, images): return self.blocks(images)
 
-# %% ../nbs/06_embedding.ipynb #add31c3c
+# %% ../nbs/06_embedding.ipynb #166ee693
 def drop_last_relu(backbone: nn.Module):
-    "Take the last ReLU from the last block, if it has one. A backbone of an unknown kind raises a `ValueError`."
+    "Take the last ReLU from the last block, if it has one. An unknown kind of block raises a `ValueError`."
     last = getattr(backbone, "blocks", [None])[-1]
     if isinstance(last, ResidualBlock): return
     if not isinstance(last, nn.Sequential):

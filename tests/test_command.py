@@ -10,7 +10,8 @@ NO_OMNIGLOT = f"data/omniglot.safetensors is missing; {GET_OMNIGLOT}"
 
 
 @pytest.mark.parametrize("command, answer", [
-    (["data", "import", "omniglot", "no-such-folder"], "no-such-folder: no such folder; name the folder with the files of omniglot"),
+    (["data", "import", "omniglot", "no-such-folder"],
+     "no-such-folder: no such folder; name the folder with the files of omniglot"),
     (["data", "download", "mini"], "put them in one folder, then `stanet data import mini FOLDER`"),
     (["report", "table9"], "no report 'table9'; there are "),
     (["train", "mini"], "no run 'mini' in params.yaml; there are "),
@@ -55,13 +56,20 @@ def test_all_problems_of_params_at_once(project):
     for field in fields: assert f"  {field}: " in done.stderr
 
 
+EXECUTE = """
+import sys
+from stanet.experiment import execute
+execute(sys.argv[1], sys.argv[2], {"x": int(sys.argv[3])})
+"""
+
+
 def test_two_notebooks_started_together_have_a_kernel_each(project, tmp_path):
     parameter = nbformat.v4.new_code_cell("x = 0", metadata={"tags": ["parameters"]})
     kernel = {"name": "python3", "display_name": "python3", "language": "python"}
     cells = [parameter, nbformat.v4.new_code_cell("print(x)")]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), tmp_path / "in.ipynb")
-    code = "import sys; from stanet.experiment import execute; execute(sys.argv[1], sys.argv[2], {'x': int(sys.argv[3])})"
-    def execute(x): run(sys.executable, "-c", code, tmp_path / "in.ipynb", tmp_path / f"out{x}.ipynb", x, cwd=project)
+    source = tmp_path / "in.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), source)
+    def execute(x): run(sys.executable, "-c", EXECUTE, source, tmp_path / f"out{x}.ipynb", x, cwd=project)
     with ThreadPoolExecutor() as pool: list(pool.map(execute, (1, 2)))
     cells = [json.loads((tmp_path / f"out{x}.ipynb").read_text())["cells"] for x in (1, 2)]
     assert [c[-1]["outputs"][0]["text"] for c in cells] == [["1\n"], ["2\n"]]

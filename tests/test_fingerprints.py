@@ -22,10 +22,10 @@ METHOD = '''
 from ..losses import task_loss
 from ..method import Method, MethodOptions, added, take
 class NearestOptions(MethodOptions):
-    scale: float = added(1.0, "of the distances")
+    factor: float = added(1.0, "of the distances")
 class Nearest(Method):
     Options = NearestOptions
-    def classify(self, support, labels, query): return self.options.scale * take(query, labels)
+    def classify(self, support, labels, query): return self.options.factor * take(query, labels)
 '''
 
 

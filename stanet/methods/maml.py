@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAMLOptions', 'TaskNorm', 'replace_norms', 'MAML']
 
-# %% ../../nbs/methods/maml.ipynb #d51dc75d
+# %% ../../nbs/methods/maml.ipynb #c197f75d
 from typing import Annotated, Literal
 import torch
 import torch.nn.functional as F
@@ -14,18 +14,18 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 from ..method import Method, MethodOptions
 
-# %% ../../nbs/methods/maml.ipynb #6ea8fce1
+# %% ../../nbs/methods/maml.ipynb #58dbb1f5
 class MAMLOptions(MethodOptions):
     "The fields of a run that are MAML's own."
-    inner_lr: Annotated[float, Field(gt=0)] = Field(0.4, description="step size on the mean loss of the support images")
+    inner_lr: Annotated[float, Field(gt=0)] = Field(0.4, description="step size on the supports' mean loss")
     inner_steps: Annotated[int, Field(gt=0)] = Field(1, description="steps on a task in training")
-    test_steps: Annotated[int, Field(ge=0)] = Field(0, description="steps on a task in a test; 0: as in training")
+    test_steps: Annotated[int, Field(ge=0)] = Field(0, description="steps in a test; 0: as in training")
     first_order: bool = Field(False, description="leave out the gradient's way through the inner gradients")
-    features: Literal["flat", "mean"] = Field("flat", description="what the classifier sees: the flattened map, or its average")
+    features: Literal["flat", "mean"] = Field("flat", description="what is classified: the map, or its mean")
 
-# %% ../../nbs/methods/maml.ipynb #12e6ccc9
+# %% ../../nbs/methods/maml.ipynb #3bccd070
 class TaskNorm(nn.Module):
-    "Normalises by the statistics of its batch, or of its `first` images; learns a shift, and remembers nothing."
+    "Normalises by the statistics of its batch, or of its `first` images; learns a shift, remembers nothing."
     def __init__(self, norm: nn.BatchNorm2d):
         super().__init__()
         self.bias, self.eps, self.first = nn.Parameter(torch.zeros_like(norm.bias)), norm.eps, 0
@@ -41,7 +41,7 @@ def replace_norms(module: nn.Module):
         if isinstance(child, nn.BatchNorm2d): setattr(module, name, TaskNorm(child))
         else: replace_norms(child)
 
-# %% ../../nbs/methods/maml.ipynb #baf01743
+# %% ../../nbs/methods/maml.ipynb #ec992733
 class MAML(Method):
     "MAML on a `backbone` with a linear classifier for `way` classes."
     Options, transductive = MAMLOptions, True
@@ -57,7 +57,9 @@ class MAML(Method):
         "The standardised images: all the rest depends on the task."
         return self.standardised(images)
 
-    def features(self, maps): return maps.flatten(1) if self.options.features == "flat" else maps.mean((-2, -1))
+    def features(self, maps):  # (n, n_ch, h_f, w_f) -> (n, d)
+        "What is classified."
+        return maps.flatten(1) if self.options.features == "flat" else maps.mean((-2, -1))
 
     def start(self) -> dict:
         "The weights that a task adapts, by name: all but the shifts."

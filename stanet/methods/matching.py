@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MatchingOptions', 'matched', 'MatchingNet']
 
-# %% ../../nbs/methods/matching.ipynb #ef3bcd25
+# %% ../../nbs/methods/matching.ipynb #5b74229b
 from typing import Annotated
 import torch
 import torch.nn.functional as F
@@ -14,14 +14,14 @@ from torch import nn
 from ..embedding import drop_last_relu
 from ..method import Method, MethodOptions
 
-# %% ../../nbs/methods/matching.ipynb #6b1b9edf
+# %% ../../nbs/methods/matching.ipynb #40abc7c6
 class MatchingOptions(MethodOptions):
     "The fields of a run that are Matching Networks' own."
-    tau: Annotated[float, Field(gt=0)] = Field(10.0, description="factor of the cosines, at first if it learns")
+    tau: Annotated[float, Field(gt=0)] = Field(10.0, description="factor of the cosines, or its first value")
     learn_tau: bool = Field(True, description="learn this factor")
     last_relu: bool = Field(False, description="keep the ReLU at the end of the embedding network")
 
-# %% ../../nbs/methods/matching.ipynb #6ce38b8c
+# %% ../../nbs/methods/matching.ipynb #fa1d7a99
 def matched(support, labels, query, tau):  # (B, S, d), (B, S), (B, Q, d) -> (B, Q, way)
     "The probability of each class."
     cosines = F.normalize(query, dim=-1) @ F.normalize(support, dim=-1).mT

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ProtoNetOptions', 'prototypes', 'squared_distances', 'ProtoNet']
 
-# %% ../../nbs/methods/protonet.ipynb #70df977a
+# %% ../../nbs/methods/protonet.ipynb #4d918c6a
 from typing import Literal
 import torch
 import torch.nn.functional as F
@@ -14,14 +14,14 @@ from torch import nn
 from ..embedding import drop_last_relu
 from ..method import Method, MethodOptions
 
-# %% ../../nbs/methods/protonet.ipynb #d7f0452a
+# %% ../../nbs/methods/protonet.ipynb #3250c91b
 class ProtoNetOptions(MethodOptions):
     "The fields of a run that are Prototypical Networks' own."
-    distance: Literal["sum", "mean", "scaled"] = Field("sum", description=
-        "squared distance: summed over dimensions; their mean; or the mean times a learned factor")
+    distance: Literal["sum", "mean", "scaled"] = Field(
+        "sum", description="squared distance: summed over dimensions; their mean; the mean times a learned factor")
     last_relu: bool = Field(True, description="keep the ReLU at the end of the embedding network")
 
-# %% ../../nbs/methods/protonet.ipynb #11256058
+# %% ../../nbs/methods/protonet.ipynb #52184c94
 def prototypes(support, labels):  # (B, S, d), (B, S) -> (B, way, d)
     "The mean of each class; there are as many classes as labels say."
     member = F.one_hot(labels.long()).to(support.dtype)  # (B, S, way)
