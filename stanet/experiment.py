@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['note_digest', 'check_digest', 'load_data', 'task_set', 'training_pack', 'network_config', 'prepare', 'stage_fields',
            'scratch_folder', 'validator', 'train_stage', 'fit', 'all_stages', 'test', 'images_seen', 'code_commit',
-           'recipe_name', 'record', 'metrics_of', 'record_test', 'read_correct', 'run_test', 'with_palette', 'execute']
+           'recipe_name', 'record', 'metrics_of', 'record_test', 'read_correct', 'stored_network', 'run_test',
+           'with_palette', 'execute']
 
 # %% ../nbs/17_experiment.ipynb #08219a47
 import asyncio, base64, hashlib, io, json, os, signal, subprocess, sys, tempfile, threading, uuid
@@ -19,12 +20,12 @@ from .evaluation import accuracy, answer, count_correct, embed_images, errors_of
 from .fingerprints import code_fingerprint, training_code
 from .method import Method, build, find_method, network_size
 from .packs import Pack, atomic, class_parents, digest, load_pack, pack_digest, select, semantic_targets, twins, without
-from .parameters import Params, Run, TaskSet, Test, network_fields, pack_path, root, run_fields
+from .parameters import Params, Run, TaskSet, Test, network_fields, pack_path, root, run_fields, test_problems
 from .runtime import devices_together, exclusive_lock, keep_freed_memory
 from .sources import missing_pack
 from .splits import Split, make_split, quarter_turns
 from .training import Pace, Recipe, TrainingData, train
-from .weights import from_pretrained, save_network, start_from, weights_digest, weights_path
+from .weights import from_pretrained, save_network, start_from, weights_digest
 
 # %% ../nbs/17_experiment.ipynb #b75eb153
 def note_digest(path, sha: str):
@@ -233,14 +234,21 @@ def read_correct(folder) -> np.ndarray:  # (n_tasks,)
         return kept["correct"] if "correct" in kept else count_correct(kept["error"])
 
 # %% ../nbs/17_experiment.ipynb #6b764e05
+def stored_network(run: Run) -> Method:
+    "The network of a run as it is stored. Missing weights raise a `FileNotFoundError`, others than its card's a `ValueError`."
+    name, folder = f"runs/{run.key}/model.safetensors", root() / "runs" / run.key
+    if not (folder / "model.safetensors").is_file():
+        raise FileNotFoundError(f"{name} is missing; fetch it, or `stanet train {run.key}` makes it")
+    net = from_pretrained(folder / "model.safetensors")
+    card = json.loads((folder / "card.json").read_text())
+    if weights_digest(net) == card["weights"]["sha256"]: return net
+    raise ValueError(f"{name} is not the file that its card names; fetch it or train the run again")
+
 def run_test(job: Test, params: Params) -> dict:
-    "Test the stored weights of `job.run` on its task set and write what comes of it; returns the metrics. Weights that aren't those of the run's card raise a `ValueError`."
+    "Test the stored weights of `job.run` on its task set and write what comes of it; returns the metrics. A test that the method can't take raises a `ValueError` before anything is read."
     run, t = params.runs[job.run], params.task_sets[job.test]
-    net = from_pretrained(weights_path(root() / "runs" / run.key / "model.safetensors"))
-    card = json.loads((root() / "runs" / run.key / "card.json").read_text())
-    if weights_digest(net) != card["weights"]["sha256"]:
-        raise ValueError(f"runs/{run.key}/model.safetensors is not the file that its card names; fetch it or train the run again")
-    pack = load_data(t.pack)
+    for field, why in test_problems(run, job, t): raise ValueError(f"{job.name}, {field}: {why}")
+    net, pack = stored_network(run), load_data(t.pack)
     tasks = task_set(job.test, t, pack)
     errors = errors_of(test(net, pack, tasks, t.split, job.inductive), tasks)
     return record_test(run, net, job, errors, tasks, params.keeps_answers(job.name))

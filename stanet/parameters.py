@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SECTIONS', 'NAME', 'EXTENTS', 'IMAGES', 'Run', 'run_model', 'run_fields', 'network_fields', 'TaskSet', 'Test',
            'RowEntry', 'Row', 'Report', 'Params', 'read_yaml', 'expand', 'root', 'pack_path', 'pack_outline', 'extents',
-           'image_shape', 'known_splits', 'known_packs', 'Draft', 'ReportEntry', 'problems_of', 'load_params',
-           'find_run', 'find_test']
+           'image_shape', 'known_splits', 'known_packs', 'Draft', 'test_problems', 'ReportEntry', 'problems_of',
+           'load_params', 'find_run', 'find_test']
 
 # %% ../nbs/15_parameters.ipynb #ff6d7d00
 import difflib, functools, importlib, itertools, json, re
@@ -675,6 +675,15 @@ def _images_fit(place: str, name: str, draft: Draft, t: TaskSet):  # yields a li
     elif why := _why_not(described, shape, t.way, t.shot):
         yield f"{place}.test: runs.{run.key} can't be tested on {name}: {why}"
 
+def test_problems(run: Run, cell: Test, t: TaskSet):  # yields field, why
+    "Why the run can't be tested on the task set `t` in this way, whatever the images are."
+    kind = find_method(run.method)
+    if cell.inductive and not kind.transductive:
+        yield "inductive", f"with {run.method} no answer depends on the other queries"
+    if t.way != run.way and not kind.any_way:
+        trained = f"runs.{run.key} is trained for {run.way} and {run.method} takes no other number"
+        yield "test", f"{cell.test} has {t.way} ways, but {trained}"
+
 def _test_fits(
     place: str,      # of the row
     cell: Test,      # a test in it
@@ -688,13 +697,9 @@ def _test_fits(
         yield f"{place}.test: there is no task set {cell.test!r}{_nearest(cell.test, sets)}"
     draft, t = drafts.get(cell.run), sets.get(cell.test)
     if not draft or not t or not draft.builds(): return
-    run, kind = draft.run, draft.kind
-    if cell.inductive and not kind.transductive:
-        yield f"{place}.inductive: with {run.method} no answer depends on the other queries"
-    if t.way != run.way and not kind.any_way:
-        trained = f"runs.{run.key} is trained for {run.way} and {run.method} takes no other number"
-        yield f"{place}.test: {cell.test} has {t.way} ways, but {trained}"
-    elif thorough and draft.fits: yield from _images_fit(place, cell.test, draft, t)
+    refused = dict(test_problems(draft.run, cell, t))
+    yield from (f"{place}.{field}: {why}" for field, why in refused.items())
+    if "test" not in refused and thorough and draft.fits: yield from _images_fit(place, cell.test, draft, t)
 
 # %% ../nbs/15_parameters.ipynb #5d0c1a23
 _PLAIN = ("run", "test", "for")

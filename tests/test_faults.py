@@ -9,7 +9,6 @@ import faults
 import stanet
 from stanet import experiment, fingerprints, parameters, packs, runtime, training
 from stanet.embedding import Conv64
-from stanet.glyphs import glyphs
 from stanet.method import Method, build, find_method, known_methods, take
 from stanet.weights import save_network
 from conftest import BIN, ROOT, clone, edit_params, run
