@@ -21,7 +21,7 @@ def stages_run(text): return re.findall(r"Running stage '([^']+)'", text)
 def repro(folder): return stages_run(run("dvc", "repro", "report@quickstart", cwd=folder).stdout)
 
 
-def tests_of(folder, key): return folder / "runs" / key / "tests" / SET
+def answers_of(folder, key): return folder / "runs" / key / "tests" / SET
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def test_everything_is_made(pipeline):
     assert {f"train@{k}" for k in RUNS} < stages and {f"test@{k}-on-{SET}" for k in RUNS} < stages
     for key in RUNS:
         assert {p.name for p in (folder / "runs" / key).iterdir()} == TRAINED
-        assert {p.name for p in tests_of(folder, key).iterdir()} == {"metrics.json", "answers.npz"}
+        assert {p.name for p in answers_of(folder, key).iterdir()} == {"metrics.json", "answers.npz"}
         assert (folder / "runs" / key / "train.ipynb").stat().st_size < 200_000
     rows = (folder / "results" / "quickstart.csv").read_text().splitlines()
     assert rows[0].startswith("method,variant,backbone,params,dataset,way,shot,paper,paper_ci,ours,ours_ci,tasks,seeds,status,run,recipe,steps,images")
@@ -81,7 +81,7 @@ def test_one_run_changed_reruns_it_and_its_table(pipeline):
 def test_same_run_same_weights_and_answers(pipeline):
     folder, _ = pipeline
     def made():
-        files = [*(folder / "runs" / RUNS[0] / n for n in ("history.csv", "model.safetensors")), *tests_of(folder, RUNS[0]).iterdir()]
+        files = [*(folder / "runs" / RUNS[0] / n for n in ("history.csv", "model.safetensors")), *answers_of(folder, RUNS[0]).iterdir()]
         return {p.name: p.read_bytes() for p in files}
     first = made()
     shutil.rmtree(folder / "scratch")
