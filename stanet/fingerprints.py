@@ -365,7 +365,7 @@ def pipeline(params: Params) -> dict:
     runs, sets = params.runs, params.task_sets
     def test_stage(t):
         names = {"run": t.run, "set": t.test, "pack": sets[t.test].pack, "folder": t.folder}
-        return names | {"options": "--inductive" if t.inductive else ""}
+        return names | {"arguments": f"{t.run} {t.test}" + " --inductive" * t.inductive}
     return {
         "trainings": {k: {"pack": r.pack} for k, r in runs.items() if not r.start},
         "further": {k: {"pack": r.pack, "start": r.start} for k, r in runs.items() if r.start},

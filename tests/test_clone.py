@@ -7,7 +7,7 @@ from conftest import ROOT, run
 from stanet.experiment import read_correct
 from stanet.method import network_size
 from stanet.parameters import Test as RunOnSet
-from stanet.tables import test_folder as folder_of, tests_of
+from stanet.tables import test_folder as folder_of, tests_of as in_line
 from stanet.weights import from_pretrained, predict, weights_digest
 
 def recorded(pattern):
@@ -46,7 +46,7 @@ def test_table_is_what_the_tests_measured():
     measured = table[table.status == "measured"]
     assert (measured.method == "STANet").sum() == 4
     for row in measured.itertuples():
-        (name,) = tests_of(row)
+        (name,) = in_line(row)
         metrics = json.loads((folder_of(ROOT / "runs", name) / "metrics.json").read_text())
         assert abs(metrics["accuracy"] - row.ours) < 0.006
         assert metrics["tasks"] == row.tasks >= 10_000
