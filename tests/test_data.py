@@ -394,7 +394,7 @@ recipes:
 task_sets:
   my-own-2w1s: {pack: my-own, split: folder, way: 2, shot: 1, query: 3, n: 50}
 runs:
-  my-own-2w1s: {recipe: short, pack: my-own, split: folder, test: my-own-2w1s, way: 2, shot: 1, width: 8, pools: 2, layers: 1, d_k: 8, d_v: 8}
+  my-own-2w1s: {recipe: short, pack: my-own, split: folder, way: 2, shot: 1, width: 8, pools: 2, layers: 1, d_k: 8, d_v: 8}
 """
 
 
