@@ -1,5 +1,5 @@
 "Data sets as people have them, whole and broken: what is right becomes the same pack, what is wrong one line of error and no file."
-import ctypes, os, pickle, random, re, shutil, subprocess, sys, unicodedata
+import ctypes, json, os, pickle, random, re, shutil, subprocess, sys, unicodedata
 from pathlib import Path
 import numpy as np
 import pytest
@@ -404,9 +404,12 @@ def test_own_images_make_a_run(place):
     assert stanet("data", "import", "my-own", small_tree(place / "raw", images=8), "--size", 24) == ""
     for command in ("check",), ("tasks", "my-own-2w1s"), ("fit", "my-own-2w1s"): assert stanet(*command) == ""
     chosen, pack = cli.find_run("my-own-2w1s"), load_pack(place / "data/my-own.safetensors")
-    net, history, _ = experiment.fit(chosen, pack)  # finished already, and found
-    correct, _, unseen = experiment.measure(chosen, net, pack, experiment.load_tasks(place / "tasks/my-own-2w1s.safetensors", pack_digest(pack)))
-    assert len(correct) == 50 and len(unseen.classes) == 2 and len(pack.classes) == 12
+    net, history, trained = experiment.fit(chosen, pack)  # finished already, and found
+    experiment.record(chosen, net, history, trained, pack)
+    assert stanet("test", "my-own-2w1s", "my-own-2w1s") == ""
+    folder = place / "runs/my-own-2w1s/tests/my-own-2w1s"
+    assert len(experiment.read_correct(folder)) == 50
+    assert json.loads((folder / "metrics.json").read_text())["queries"] == 6
 
 
 def test_classes_too_small_for_the_tasks_are_named(place):
