@@ -21,10 +21,10 @@ from accelerate import Accelerator
 from PIL import Image
 from torch.utils.data import DataLoader, Sampler
 from torchvision.transforms import v2
-from .episodes import Episodes, Tasks, draw_task_set, gather
+from .episodes import Episodes, Tasks, draw_task_set, load_images
 from .evaluation import answer, embed_images
 from .parameters import root
-from .method import Batch, build, take
+from .method import Batch, build, gather_maps
 from .packs import atomic, save_pack
 from .sources import read_folder
 from .runtime import Checkpoints, describe_device, keep_freed_memory
@@ -60,7 +60,7 @@ class Unwritten(Checkpoints):
 def our_steps(setting: dict, precision: str, folder):  # -> function of a number of steps, function that writes a checkpoint
     "The project's own training loop."
     images, labels = pictures(setting["size"], setting["channels"])
-    recipe = Recipe(tasks=setting["tasks"], query=QUERY, single=False, classes="uniform", weight_decay=0.0, average=0.99, flip=True, shift=0.1, precision=precision)
+    recipe = Recipe(tasks=setting["tasks"], query=QUERY, one_query=False, classes="uniform", weight_decay=0.0, ema_decay=0.99, flip=True, shift=0.1, precision=precision)
     data = TrainingData(images, labels, labels)
     training = start(Accelerator(mixed_precision="no"), network(setting), data, recipe, Unwritten(folder))
     state, never = training.state, Pace(10**9, math.inf, 10**9)
@@ -84,7 +84,7 @@ def bare_steps(setting: dict, precision: str, device):
     images, labels = (t.to(device) for t in pictures(setting["size"], setting["channels"]))
     net = network(setting).to(device).train()
     index, tasks = Episodes(labels, WAY, SHOT, QUERY).batch(setting["tasks"])
-    drawn = gather(images, index).contiguous(memory_format=torch.channels_last)
+    drawn = load_images(images, index).contiguous(memory_format=torch.channels_last)
     batch, optimiser = Batch(drawn, labels[index], labels[index], tasks), adam(net)
     def steps(n):
         for _ in range(n): one_step(net, optimiser, batch, precision)
@@ -168,12 +168,12 @@ def bench_step(name: str, rounds: int) -> list:  # records
 def logits_anew(net, images, tasks):  # (n_tasks, Q, way)
     "Logits of tasks whose images are embedded task by task."
     device, both = next(net.parameters()).device, torch.cat([tasks.support, tasks.query], 1).long()
-    maps = [net.embed(gather(images, row).to(device, memory_format=torch.channels_last))[None] for row in both]
+    maps = [net.embed(load_images(images, row).to(device, memory_format=torch.channels_last))[None] for row in both]
     S = tasks.support.shape[1]
     return torch.cat([net.classify(m[:, :S], labels[None].to(device), m[:, S:]) for m, labels in zip(maps, tasks.support_labels)])
 
 @torch.no_grad()
-def logits_cached(net, maps, tasks): return net.classify(take(maps, tasks.support), tasks.support_labels.to(maps.device), take(maps, tasks.query))
+def logits_cached(net, maps, tasks): return net.classify(gather_maps(maps, tasks.support), tasks.support_labels.to(maps.device), gather_maps(maps, tasks.query))
 
 def bench_evaluation(name: str, rounds: int, n: int = 10000, some: int = 20, classes: int = 20, each: int = 600) -> list:  # records
     "Seconds for `n` tasks with cached maps and with images embedded for each task, in the setting `name`."
@@ -182,7 +182,7 @@ def bench_evaluation(name: str, rounds: int, n: int = 10000, some: int = 20, cla
     tasks = draw_task_set(torch.arange(classes).repeat_interleave(each), WAY, SHOT, 15, n)
     net = network(setting).to("cuda" if torch.cuda.is_available() else "cpu").eval()
     keep_freed_memory()
-    few, embedding, scoring, anew_seconds = tasks.part(torch.arange(some)), [], [], []
+    few, embedding, scoring, anew_seconds = tasks.subset(torch.arange(some)), [], [], []
     for _ in range(rounds):
         start = time.perf_counter()
         maps = embed_images(net, images)

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from .episodes import Tasks, gather
-from .method import Method, take
+from .episodes import Tasks, load_images
+from .method import Method, gather_maps
 
 # %% ../nbs/13_evaluation.ipynb #385aaece
 def _can_fuse(layer, following) -> bool:
@@ -32,7 +32,7 @@ def folded(net: Method) -> Method:
 def embed_images(net: Method, images: torch.Tensor, batch: int = 64) -> torch.Tensor:  # uint8 (n, h, w, c) -> (n, ...)
     "What `net.embed` makes of all images, in float32."
     net, device, index = folded(net), next(net.parameters()).device, torch.arange(len(images))
-    return torch.cat([net.embed(gather(images, part).to(device)) for part in index.split(batch)])
+    return torch.cat([net.embed(load_images(images, part).to(device)) for part in index.split(batch)])
 
 # %% ../nbs/13_evaluation.ipynb #f7626c9d
 @torch.no_grad()
@@ -40,8 +40,8 @@ def answer(net: Method, maps: torch.Tensor, tasks: Tasks, batch: int = 25) -> to
     "The network's answer to each query of each task, a label 0..way-1."
     answers = []
     for rows in torch.arange(len(tasks.support)).split(batch):
-        t = tasks.part(rows).to(maps.device)
-        logits = net.classify(take(maps, t.support), t.support_labels, take(maps, t.query))
+        t = tasks.subset(rows).to(maps.device)
+        logits = net.classify(gather_maps(maps, t.support), t.support_labels, gather_maps(maps, t.query))
         answers.append(logits.argmax(-1).to(torch.int8).cpu())
     return torch.cat(answers)
 

@@ -59,9 +59,9 @@ def task_set(name: str, t: TaskSet, pack: Pack) -> Tasks:
 
 # %% ../nbs/17_experiment.ipynb #a6e6d5b7
 def training_pack(run: Run, pack: Pack, split: Split) -> Pack:
-    "The images that the run is trained on; with `turns`, the quarter turns of a class are classes too."
+    "The images that the run is trained on; with `rotated_classes`, the quarter turns of a class are classes too."
     training = select(pack, split.train)
-    return quarter_turns(training) if run.turns else training
+    return quarter_turns(training) if run.rotated_classes else training
 
 def network_config(run: Run, training: Pack, n_semantic: int) -> dict:
     "The description of the run's network (see `build`), with the mean and deviation of its training images."
@@ -201,7 +201,7 @@ def metrics_of(run: Run, net: Method, job: Test, errors, tasks: Tasks) -> dict:
     mean, half = accuracy(count_correct(errors), queries)
     return {
         "run": run.key,
-        "test": job.test,
+        "test": job.task_set,
         "inductive": job.inductive,
         "method": run.method,
         "accuracy": round(mean, 4),
@@ -246,10 +246,10 @@ def stored_network(run: Run) -> Method:
 
 def run_test(job: Test, params: Params) -> dict:
     "Test the stored weights of `job.run` on its task set and write what comes of it; returns the metrics. A test that the method can't take raises a `ValueError` before anything is read."
-    run, t = params.runs[job.run], params.task_sets[job.test]
+    run, t = params.runs[job.run], params.task_sets[job.task_set]
     for field, why in test_problems(run, job, t): raise ValueError(f"{job.name}, {field}: {why}")
     net, pack = stored_network(run), load_data(t.pack)
-    tasks = task_set(job.test, t, pack)
+    tasks = task_set(job.task_set, t, pack)
     errors = errors_of(test(net, pack, tasks, t.split, job.inductive), tasks)
     return record_test(run, net, job, errors, tasks, params.keeps_answers(job.name))
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FOR_PEOPLE', 'VALIDATORS', 'DEFINITION', 'IMPORT', 'OWN_SCOPE', 'NOT_HASHED', 'COLUMNS', 'HEX', 'plain',
-           'rules_alone', 'skeleton', 'Module', 'Code', 'this_code', 'fingerprint', 'training_code', 'test_code',
+           'rules_alone', 'canonical_ast', 'Module', 'Code', 'this_code', 'fingerprint', 'training_code', 'test_code',
            'tasks_code', 'read_equivalent', 'proved_equal', 'canonical', 'recorded_code', 'code_fingerprint',
            'run_fingerprint', 'test_fingerprint', 'all_fingerprints', 'pipeline', 'write_generated']
 
@@ -58,13 +58,13 @@ def rules_alone(node: ast.ClassDef) -> ast.ClassDef:
     return ast.ClassDef(node.name, node.bases, node.keywords, rules or [ast.Pass()], node.decorator_list)
 
 # %% ../nbs/16_fingerprints.ipynb #04108a75
-def skeleton(node):
+def canonical_ast(node):
     "A syntax tree as nested lists, the same in every Python version: without positions and empty fields."
-    if isinstance(node, list): return [skeleton(n) for n in node]
+    if isinstance(node, list): return [canonical_ast(n) for n in node]
     if not isinstance(node, ast.AST): return repr(node)
     given = {k: v for k, v in ast.iter_fields(node) if v is not None and v != []}
     left_out = ("ctx", "kind", "type_comment", "type_params")
-    return [type(node).__name__, {k: skeleton(v) for k, v in given.items() if k not in left_out}]
+    return [type(node).__name__, {k: canonical_ast(v) for k, v in given.items() if k not in left_out}]
 
 # %% ../nbs/16_fingerprints.ipynb #df4af3da
 def _global_names(node) -> set:  # every name that a statement or an expression looks up outside itself
@@ -212,7 +212,7 @@ class Code:
             if any(self.is_model(where, n) for n in where.own[name]): return True
         return False
 
-    def _definition(self, module: Module, name: str) -> tuple:  # its skeletons, what it uses
+    def _definition(self, module: Module, name: str) -> tuple:  # its canonical trees, what it uses
         if (module, name) not in self.known: self.known[module, name] = self._read(module, name)
         return self.known[module, name]
 
@@ -220,9 +220,9 @@ class Code:
         kept = [rules_alone(n) if self.is_model(module, n) else n for n in module.own[name]]
         nodes = [plain(n) for n in kept + module.always]
         used = [use for n in nodes for use in self.uses(module, n)]
-        return [skeleton(n) for n in nodes], used
+        return [canonical_ast(n) for n in nodes], used
 
-    def reachable(self, roots) -> dict:  # "module.name" -> skeletons
+    def reachable(self, roots) -> dict:  # "module.name" -> canonical trees
         """The definitions that `roots` use, and those that these use, and so on.
         An unknown root raises a `ValueError`."""
         seen, queue = {}, [self._root(r) for r in roots]
@@ -333,7 +333,7 @@ def test_fingerprint(test: Test, params: Params, of=fingerprint, rows=None) -> s
     run = params.runs[test.run]
     values = {"run": _values(run, params, of, rows), "inductive": test.inductive}
     values["answers"] = params.keeps_answers(test.name)
-    code = test_code(run, params.task_sets[test.test], of)
+    code = test_code(run, params.task_sets[test.task_set], of)
     return canonical(code, rows=rows) + _hash(values)
 
 # %% ../nbs/16_fingerprints.ipynb #0140147b
@@ -364,8 +364,8 @@ def pipeline(params: Params) -> dict:
     "What `pipeline.yaml` holds: the stages, and what DVC must know of each."
     runs, sets = params.runs, params.task_sets
     def test_stage(t):
-        names = {"run": t.run, "set": t.test, "pack": sets[t.test].pack, "folder": t.folder}
-        return names | {"arguments": f"{t.run} {t.test}" + " --inductive" * t.inductive}
+        names = {"run": t.run, "set": t.task_set, "pack": sets[t.task_set].pack, "folder": t.folder}
+        return names | {"arguments": f"{t.run} {t.task_set}" + " --inductive" * t.inductive}
     return {
         "trainings": {k: {"pack": r.pack} for k, r in runs.items() if not r.start},
         "further": {k: {"pack": r.pack, "start": r.start} for k, r in runs.items() if r.start},

@@ -9,7 +9,7 @@ __all__ = ['look', 'masked', 'short_name', 'draw_image', 'show_task', 'box_cover
 import numpy as np
 import torch
 import torch.nn.functional as F
-from .episodes import Tasks, gather
+from .episodes import Tasks, load_images
 from .packs import Pack
 
 # %% ../nbs/14_maps.ipynb #627f3992
@@ -17,7 +17,7 @@ from .packs import Pack
 def look(net, pack: Pack, tasks: Tasks, row: int = 0):  # -> probabilities (Q, way), Maps of each layer
     "Probabilities and attention maps, without their task axis, of the task `row`."
     t = tasks.part(slice(row, row + 1))
-    maps = net.embed(gather(pack.images, torch.cat([t.support, t.query], 1).long()))[None]
+    maps = net.embed(load_images(pack.images, torch.cat([t.support, t.query], 1).long()))[None]
     S = t.support.shape[1]
     logits, layers = net.attend(maps[:, :S], t.support_labels, maps[:, S:])
     return logits[0].softmax(-1), [type(m)(*(a[0] for a in m)) for m in layers]
@@ -93,7 +93,7 @@ def box_scores(net, pack: Pack, maps: torch.Tensor, tasks: Tasks, batch: int = 1
     cover, centre = box_cover(pack.boxes, size, side)
     peak, mass = torch.zeros(len(net.layers)), torch.zeros(len(net.layers))
     for rows in torch.arange(len(tasks.support)).split(batch):
-        t = tasks.part(rows).to(maps.device)
+        t = tasks.subset(rows).to(maps.device)
         query = t.query.long()
         _, layers = net.attend(maps[t.support.long()], t.support_labels, maps[query])
         for m, layer in enumerate(layers):

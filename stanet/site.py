@@ -44,7 +44,7 @@ from .experiment import with_palette
 from .fingerprints import read_equivalent
 from .method import find_method, known_methods
 from .packs import Pack, atomic
-from .parameters import RowEntry, Run, TaskSet, root, run_model
+from .parameters import RowEntry, Run, TaskSet, read_card, root, run_model
 from .tables import UNKNOWN, in_parts, recorded, taken_over, wide
 from .training import Recipe
 
@@ -385,7 +385,7 @@ def card_text(card: dict, proofs: list) -> str:
 
 def run_page(folder: Path, used: dict) -> list:  # cells
     "The page of a run: its tests, its card, and the notebook that trained it."
-    card, notebook = json.loads((folder / "card.json").read_text()), folder / "train.ipynb"
+    card, notebook = read_card(folder / "card.json"), folder / "train.ipynb"
     tests, weights = tests_in(folder, card), as_text(recorded(card, "parameters"))
     text = (f"{tests_text(tests, used)}{weights} weights, seed {card['run']['seed']}. "
             f"The run's files are in `runs/{folder.name}/`.\n\n## Card\n\n")
@@ -404,7 +404,7 @@ def report_line(stem: str, title: str) -> tuple:
 
 def run_lines(folder: Path, used: dict):
     "A run in the overview: a line for each of its tests."
-    card = json.loads((folder / "card.json").read_text())
+    card = read_card(folder / "card.json")
     link, weights = f"[{folder.name}](/runs/{folder.name}.html)", as_text(recorded(card, "parameters"))
     minutes = f"{card['training_seconds'] / 60:.0f}"
     tests = tests_in(folder, card)
@@ -523,7 +523,7 @@ A run is one training. It names its recipe, and may override any field of it; it
 {fields_of(TaskSet)}
 ## `reports`: what is tested, and where it is printed
 
-A report has `rows`. A row with a `run` is a test: that run on the task set `test`. With `answers: true` the tests of a report keep the answer to every query, else the number of right ones in each task.
+A report has `rows`. A row with a `run` is a test: that run on the task set `task_set`. With `answers: true` the tests of a report keep the answer to every query, else the number of right ones in each task.
 
 {fields_of(RowEntry)}
 ## Grids

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ALIKE', 'COLUMNS', 'WHOLE', 'REAL', 'DESCRIBED', 'LATEX', 'UNKNOWN', 'student_interval', 'recipe_of', 'check_alike',
-           'mean_of', 'protocol_of', 'named', 'read_metrics', 'line_of', 'tidy', 'figure_of', 'difference_of',
+           'mean_of', 'protocol_of', 'named', 'read_metrics', 'line_of', 'tidy', 'format_accuracy', 'difference_of',
            'name_of', 'wide', 'in_latex', 'in_parts', 'flat', 'write_table', 'write_forms', 'test_folder', 'tests_of',
            'compare', 'answer_of', 'verdict', 'paired_differences', 'differences_figure', 'open_report', 'labels_of',
            'against_paper', 'save_figure', 'save_numbers', 'taken_over', 'code_text', 'recorded', 'card_line',
@@ -22,7 +22,7 @@ from .experiment import read_correct
 from .fingerprints import read_equivalent
 from .method import find_method
 from .packs import atomic
-from .parameters import load_params
+from .parameters import load_params, read_card
 
 # %% ../nbs/19_tables.ipynb #b99a93a6
 def student_interval(values) -> tuple[float, float]:  # two or more figures -> mean, half of its interval
@@ -113,7 +113,7 @@ def tidy(rows: list, metrics: dict) -> pd.DataFrame:
     return table.astype(dict.fromkeys(WHOLE, "Int64") | dict.fromkeys(REAL, float))
 
 # %% ../nbs/19_tables.ipynb #4b45ad41
-def figure_of(value, ci) -> str:
+def format_accuracy(value, ci) -> str:
     "A percentage with its interval, as tables print it."
     if pd.isna(value): return ""
     return f"{value:.2f}" if pd.isna(ci) else f"{value:.2f} ± {ci:.2f}"
@@ -136,8 +136,8 @@ def wide(table: pd.DataFrame) -> pd.DataFrame:
     for cell in table.to_dict("records"):
         setting = f"{cell['dataset'] if several else str(cell['way']) + '-way'} {cell['shot']}-shot"
         row = rows.setdefault((name_of(cell), cell["backbone"]), {})
-        row[setting, "paper"] = figure_of(cell["paper"], cell["paper_ci"])
-        row[setting, "ours"] = figure_of(cell["ours"], cell["ours_ci"]) or cell["status"]
+        row[setting, "paper"] = format_accuracy(cell["paper"], cell["paper_ci"])
+        row[setting, "ours"] = format_accuracy(cell["ours"], cell["ours_ci"]) or cell["status"]
         row[setting, "difference"] = difference_of(cell)
     out = pd.DataFrame.from_dict(rows, orient="index").fillna("")
     out.columns = pd.MultiIndex.from_tuples(out.columns)
@@ -321,7 +321,7 @@ def card_line(card: dict, tests: list, rows: list) -> dict:
         "weights": recorded(card, "parameters"),
         "steps": run["steps"],
         "images": recorded(card, "images"),
-        "tasks a step": run["tasks"] * run["mix"],
+        "tasks a step": run["tasks"] * run["regroupings"],
         "training (min)": round(card["training_seconds"] / 60, 1),
         "seed": run["seed"],
         "number format": card.get("precision", UNKNOWN),
@@ -337,6 +337,6 @@ def run_cards(metrics: dict, folder) -> pd.DataFrame:
     for name, m in metrics.items():
         tests.setdefault(m["run"], []).append(name.removeprefix(f"{m['run']}-on-"))
     rows = read_equivalent(Path(folder) / "equivalent.csv")
-    cards = {run: json.loads((Path(folder) / "runs" / run / "card.json").read_text()) for run in tests}
+    cards = {run: read_card(Path(folder) / "runs" / run / "card.json") for run in tests}
     lines = [card_line(cards[run], sets, rows) for run, sets in tests.items()]
     return pd.DataFrame(lines or {"run": []}).set_index("run")

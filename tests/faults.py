@@ -23,7 +23,7 @@ from stanet.glyphs import glyphs
 
 TEST = parameters.Test("glyphs-5w1s-stanet3", "glyphs-5w1s")
 KEY = TEST.run
-TESTED = (f"tests/{TEST.test}/answers.npz", f"tests/{TEST.test}/metrics.json")
+TESTED = (f"tests/{TEST.task_set}/answers.npz", f"tests/{TEST.task_set}/metrics.json")
 FILES = ("model.safetensors", "history.csv", "card.json", *TESTED)
 REPEATED = tuple(f for f in FILES if f != "card.json")  # a card holds the time that the run took
 
@@ -32,8 +32,8 @@ REPEATED = tuple(f for f in FILES if f != "card.json")  # a card holds the time 
 
 def small(params):
     "Make the runs on glyphs so small that one takes a second, and keep the answer to every query."
-    params["recipes"]["quick"].update(steps=40, tasks=2, mix=2, query=2)
-    params["task_sets"][TEST.test].update(n=120, query=3)
+    params["recipes"]["quick"].update(steps=40, tasks=2, regroupings=2, query=2)
+    params["task_sets"][TEST.task_set].update(n=120, query=3)
     params["reports"]["quickstart"]["answers"] = True
     for key, run in params["runs"].items():
         if not key.startswith("glyphs-"): continue
@@ -222,7 +222,7 @@ def pipeline_kills(n: int, dice: random.Random, work: Path, say=print) -> Count:
     from conftest import BIN, clone, edit_params, run
     count, name, fresh = Count(), "`dvc repro` at any moment", clone(work / "pipeline")
     edit_params(fresh, small)
-    run("dvc", "repro", "glyphs", f"tasks@{TEST.test}", cwd=fresh)
+    run("dvc", "repro", "glyphs", f"tasks@{TEST.task_set}", cwd=fresh)
     def env(folder):
         paths = {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(folder)}
         return os.environ | paths | {"DVC_NO_ANALYTICS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
@@ -462,7 +462,7 @@ def mistyped_placeholder(tree, dice):
     "A name in braces that has no values, in the name of an entry or in one of its fields."
     def fits(path, parent):
         if len(path) == 2: return "{" in path[-1]
-        if in_row(path) and path[-1] not in ("run", "test"): return False  # words, braces and all
+        if in_row(path) and path[-1] not in ("run", "task_set"): return False  # words, braces and all
         return isinstance(parent, dict) and isinstance(parent[path[-1]], str) and "{" in parent[path[-1]]
     parent, last, path = a_place(tree, dice, fits)
     if len(path) == 2: parent[last.replace("}", "x}", 1)] = parent.pop(last)
@@ -472,7 +472,7 @@ def mistyped_placeholder(tree, dice):
 
 def missing_field(tree, dice):
     "A section, or a field that has no default."
-    needed = {"task_sets": ("pack", "split"), "runs": ("recipe",), "reports": ("rows", "test")}
+    needed = {"task_sets": ("pack", "split"), "runs": ("recipe",), "reports": ("rows", "task_set")}
     def fits(path, parent):
         if len(path) == 1: return path[0] in ("recipes", "task_sets", "runs")
         return len(path) > 2 and path[-1] in ("for", *needed.get(path[0], ()))

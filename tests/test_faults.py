@@ -9,15 +9,15 @@ import faults
 import stanet
 from stanet import experiment, fingerprints, parameters, packs, runtime, training
 from stanet.embedding import Conv64
-from stanet.method import Method, build, find_method, known_methods, take
+from stanet.method import Method, build, find_method, known_methods, gather_maps
 from stanet.weights import save_network
 from conftest import BIN, ROOT, clone, edit_params, run
 
 KEY, TEST = faults.KEY, faults.TEST
 CONFIG = dict(method="stanet", options=dict(layers=2, d_k=8, d_v=8), backbone="Conv64", channels=1, width=8,
               pools=2, n_semantic=16, mean=[0.5], std=[0.3])
-OPTIONS = dict(steps=20, tasks=4, query=3, single=False, classes="uniform", lr=3e-3, schedule="cosine",
-               decay_head=False, average=0.9, shift=0.1, precision="float32")
+OPTIONS = dict(steps=20, tasks=4, query=3, one_query=False, classes="uniform", lr=3e-3, schedule="cosine",
+               decay_head=False, ema_decay=0.9, shift=0.1, precision="float32")
 IMAGES = dict(sampler="images", images=24, optimiser="sgd")
 
 
@@ -172,7 +172,7 @@ def glyphs_run(**fields):
 
 def row_with(**fields):
     "The first three rows of the report quickstart, and a fourth one."
-    usual = dict(method="STANet", backbone="Conv64", dataset="glyphs", variant="extra", test=TEST.test)
+    usual = dict(method="STANet", backbone="Conv64", dataset="glyphs", variant="extra", task_set=TEST.task_set)
     def change(p):
         report = p["reports"]["quickstart"]
         report["rows"] = report["rows"][:3] + [usual | fields]
@@ -248,10 +248,10 @@ NO_FIT = {
     # reports
     "reports.figure9: there is no notebook nbs/results/figure9.ipynb": more("reports", "figure9", rows=[]),
     f"{ROW}.run: there is no run 'maml'": row_with(run="maml"),
-    f"{ROW}.test: there is no task set 'glyphs-5w2s'": row_with(run=KEY, test="glyphs-5w2s"),
-    f"{ROW}.test: glyphs-7w1s has 7 ways, but runs.{KEY} is trained for 5 and stanet takes no other number":
-        both(SEVEN, row_with(run=KEY, test="glyphs-7w1s")),
-    f"{ROW}.test: the images of {TEST.test} have 3 channels, those that runs.{ONE} is trained on 1":
+    f"{ROW}.task_set: there is no task set 'glyphs-5w2s'": row_with(run=KEY, task_set="glyphs-5w2s"),
+    f"{ROW}.task_set: glyphs-7w1s has 7 ways, but runs.{KEY} is trained for 5 and stanet takes no other number":
+        both(SEVEN, row_with(run=KEY, task_set="glyphs-7w1s")),
+    f"{ROW}.task_set: the images of {TEST.task_set} have 3 channels, those that runs.{ONE} is trained on 1":
         row_with(run=ONE),
     f"{ROW}.inductive: with stanet no answer depends on the other queries": row_with(run=KEY, inductive=True),
     f"{ROW}.run: duplicate, {TEST.name} stands in row 1": row_with(run=KEY),
@@ -285,7 +285,7 @@ def test_parameters_that_fit(usual_params):
     "What is refused above where it doesn't fit is allowed where it does."
     params = json.loads(json.dumps(yaml.safe_load(usual_params)))
     more("runs", "finer", **params["runs"][KEY] | dict(start=KEY, lr=1e-4))(params)
-    both(SEVEN, glyphs_run(method="protonet", width=8), row_with(run="extra", test="glyphs-7w1s"))(params)
+    both(SEVEN, glyphs_run(method="protonet", width=8), row_with(run="extra", task_set="glyphs-7w1s"))(params)
     assert parameters.problems_of(params)[1] == []
     both(glyphs_run(method="maml", width=8), row_with(run="extra", inductive=True))(params)
     assert parameters.problems_of(params)[1] == []
@@ -486,9 +486,9 @@ def gradients(threads, look_up):  # of maps that stand in many tasks
 
 
 def test_gradients_are_the_same_every_time():
-    found = {packs.digest(gradients(threads, take).contiguous()) for threads in (1, 2, 2, 2, 2, 4)}
+    found = {packs.digest(gradients(threads, gather_maps).contiguous()) for threads in (1, 2, 2, 2, 2, 4)}
     assert len(found) == 1
-    assert torch.allclose(gradients(1, take), gradients(1, lambda maps, index: maps[index]))
+    assert torch.allclose(gradients(1, gather_maps), gradients(1, lambda maps, index: maps[index]))
 
 
 def test_threads_agree(tmp_path, whole):
@@ -513,10 +513,10 @@ def test_threads_agree(tmp_path, whole):
 class Seen(list):
     "The image numbers and the augmented images of each step of a training in this process."
     def __init__(self):
-        self.usual, self.index = (training.gather, training.augment), None
-        training.gather, training.augment = self.gather, self.augment
+        self.usual, self.index = (training.load_images, training.augment), None
+        training.load_images, training.augment = self.load_images, self.augment
 
-    def gather(self, images, index):
+    def load_images(self, images, index):
         self.index = index.tolist()
         return self.usual[0](images, index)
 
@@ -525,7 +525,7 @@ class Seen(list):
         self.append([self.index, [packs.digest(image.contiguous()) for image in out]])
         return out
 
-    def end(self): training.gather, training.augment = self.usual
+    def end(self): training.load_images, training.augment = self.usual
 
 
 WORKER = """
@@ -631,7 +631,7 @@ def pipeline(tmp_path_factory):
         faults.small(params)
         params["recipes"]["quick"].update(steps=100_000)
     edit_params(folder, long)
-    run("dvc", "repro", "glyphs", f"tasks@{TEST.test}", cwd=folder)
+    run("dvc", "repro", "glyphs", f"tasks@{TEST.task_set}", cwd=folder)
     return folder
 
 

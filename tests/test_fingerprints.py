@@ -10,22 +10,22 @@ STRANGER = '''
 from .packs import select
 class State: step = 3
 class STANet(State): pass
-def take(maps, index): return maps
+def gather_maps(maps, index): return maps
 def accuracy(correct, answers): return 0.0
 def score(net, maps, tasks): return accuracy(0, 0)
-def train(net): return take(net, 0)
+def train(net): return gather_maps(net, 0)
 def fit(run, pack): return train(run)
 def test(net, pack): return score(net, 0, 0)
 def glyphs_split(pack): return pack
 '''
 METHOD = '''
 from ..losses import task_loss
-from ..method import Method, MethodOptions, added, take
+from ..method import Method, MethodOptions, added, gather_maps
 class NearestOptions(MethodOptions):
     factor: float = added(1.0, "of the distances")
 class Nearest(Method):
     Options = NearestOptions
-    def classify(self, support, labels, query): return self.options.factor * take(query, labels)
+    def classify(self, support, labels, query): return self.options.factor * gather_maps(query, labels)
 '''
 
 
@@ -126,7 +126,7 @@ def test_a_split_changes_what_is_drawn_from_it(package, prints, now, params):
     after = changed(now, prints(package))
     assert after["runs"] == runs
     assert after["tasks"] == sets
-    assert after["tests"] == {n for n, t in params.tests.items() if t.test in sets}
+    assert after["tests"] == {n for n, t in params.tests.items() if t.task_set in sets}
 
 
 
@@ -216,7 +216,7 @@ def test_the_file_of_a_cell_that_has_gone_is_removed(copy, params):
 
 def test_a_row_makes_a_stage_and_says_so(copy, params):
     write_generated(params, copy)
-    row = {"method": "STANet", "variant": "another", "test": "cifar-easy-5w1s", "run": KEY}
+    row = {"method": "STANet", "variant": "another", "task_set": "cifar-easy-5w1s", "run": KEY}
     edit_params(copy, lambda p: p["reports"]["table4"]["rows"].append(row))
     assert write_generated(load_params(copy / "params.yaml", thorough=False), copy)
     stages = yaml.safe_load((copy / "pipeline.yaml").read_text())

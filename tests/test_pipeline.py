@@ -9,7 +9,7 @@ TRAINED = {"model.safetensors", "history.csv", "card.json", "train.ipynb", "test
 
 
 def small(params):
-    for name in ("quick", "quick-protonet"): params["recipes"][name].update(steps=12, tasks=2, mix=2, query=2)
+    for name in ("quick", "quick-protonet"): params["recipes"][name].update(steps=12, tasks=2, regroupings=2, query=2)
     params["task_sets"][SET].update(n=60, query=3)
     for key in RUNS: params["runs"][key].update(width=8)
     for key in RUNS[:3]: params["runs"][key].update(d_k=8, d_v=8)
@@ -100,7 +100,7 @@ def test_a_new_row_asks_for_the_same_command_again(pipeline):
     folder, _ = pipeline
     def more(p):
         p["task_sets"]["glyphs-5w3s"] = dict(pack="glyphs", split="glyphs", way=5, shot=3, query=3, n=60)
-        p["reports"]["quickstart"]["rows"].append(dict(method="STANet", variant="3 layers", backbone="Conv64", dataset="glyphs", test="glyphs-5w3s", run=RUNS[0]))
+        p["reports"]["quickstart"]["rows"].append(dict(method="STANet", variant="3 layers", backbone="Conv64", dataset="glyphs", task_set="glyphs-5w3s", run=RUNS[0]))
     edit_params(folder, more)
     stale = run("dvc", "repro", "report@quickstart", cwd=folder, check=False)
     assert stale.returncode and "run the same command again" in stale.stdout + stale.stderr

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from stanet.losses import task_loss
-from stanet.method import Method, MethodOptions, share_right, take
+from stanet.method import Method, MethodOptions, share_right, gather_maps
 
 
 class TwoStages(Method):
@@ -53,16 +53,16 @@ class TwoStages(Method):
         own = self.W(maps.mean((-2, -1)))
         apart = (batch.classes[batch.others][..., None] != batch.classes[tasks.support][:, None]).all()
         assert apart, "images beside a task are of its classes"
-        logits = self.classify(take(maps, tasks.support), tasks.support_labels, take(maps, tasks.query))
+        logits = self.classify(gather_maps(maps, tasks.support), tasks.support_labels, gather_maps(maps, tasks.query))
         loss = task_loss(logits, tasks.query_labels) + F.cross_entropy(own[batch.others.flatten()], batch.classes[batch.others.flatten()])
         return {"loss": loss, "accuracy": share_right(logits, tasks.query_labels)}
 '''
 
 
 def small(params):
-    params["recipes"]["quick"].update(steps=150, tasks=2, mix=2, query=2)
+    params["recipes"]["quick"].update(steps=150, tasks=2, regroupings=2, query=2)
     params["recipes"]["two-classes"] = dict(steps=60, sampler="images", images=16, optimiser="sgd", lr=0.05, clip=1.0, weight_decay=0.0, precision="float32")
-    params["recipes"]["two-meta"] = dict(steps=60, tasks=2, query=2, others=3, single=False, classes="uniform", lr=1e-2, weight_decay=0.0, precision="float32")
+    params["recipes"]["two-meta"] = dict(steps=60, tasks=2, query=2, others=3, one_query=False, classes="uniform", lr=1e-2, weight_decay=0.0, precision="float32")
     params["runs"][ONE].update(width=8, d_k=8, d_v=8)
     recipes = {"classes": "two-classes", "meta": "two-meta"}
     general = dict(method="twostages", pack="glyphs", split="glyphs", width=8, pools=3, semantic_weight=0.0)
