@@ -6,13 +6,19 @@ RAW    ?=
 export DVC_NO_ANALYTICS := 1
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: quickstart test docs faults lab data env lock
+.PHONY: help quickstart test lint docs faults lab data env lock
+help:                      ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */\1 | /' | column -t -s'|'
+
 quickstart: env            ## the whole pipeline on the embedded data set, under 6 minutes on two cores
 	$(BIN)/dvc repro report@quickstart
 	@cat results/quickstart.md; echo; echo "results/quickstart.ipynb shows the comparison, the curves and what attention looked at"
 
 test: env                  ## every notebook's checks and all of tests/
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 10
+
+lint: env                  ## ruff on package, tests and notebooks
+	$(BIN)/ruff check --quiet .
 
 docs: env                  ## the site, in _docs/
 	$(BIN)/python -m stanet.site

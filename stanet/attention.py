@@ -13,13 +13,22 @@ from torch import nn
 # %% ../nbs/07_attention.ipynb #b7899c9d
 class SpatialAttention(nn.Module):
     "Attention over the sites of each image, given a test representation (eq. 3 and 4)."
-    def __init__(self, n_ch: int, d_h: int, d_k: int, **_):
+    def __init__(self,
+        n_ch: int,  # channels of the maps
+        d_h: int,   # width of the test representation
+        d_k: int,   # width of query and keys
+        **_,        # options of other kinds of attention
+    ):
         super().__init__()
-        self.W_q, self.W_K = nn.Linear(d_h, d_k, bias=False), nn.Linear(n_ch, d_k, bias=False)
+        self.W_q = nn.Linear(d_h, d_k, bias=False)
+        self.W_K = nn.Linear(n_ch, d_k, bias=False)
 
     def forward(self, h_ts, C):  # (B, Q, d_h), (B, S, n_ch, L) -> (B, Q, S, L)
-        query = self.W_q(h_ts) @ (self.W_K.weight / self.W_K.out_features ** 0.5)  # (B, Q, n_ch)
-        return torch.einsum("bqc,bscl->bslq", query, C).softmax(2).permute(0, 3, 1, 2)
+        "A map for each pair of a query and an image; each sums to one."
+        scaled = self.W_K.weight / self.W_K.out_features ** 0.5
+        query = self.W_q(h_ts) @ scaled                         # (B, Q, n_ch)
+        scores = torch.einsum("bqc,bscl->bslq", query, C)
+        return scores.softmax(2).permute(0, 3, 1, 2)
 
 def pool(a, C):  # (B, Q, S, L), (B, S, n_ch, L) -> (B, Q, S, n_ch)
     "Attention-weighted average over the sites of the feature maps themselves (eq. 5)."
@@ -30,54 +39,97 @@ class UniformAttention(nn.Module):
     "The same weight on every site (Table 2, 'Uniform')."
     def __init__(self, n_ch: int, d_h: int, d_k: int, **_): super().__init__()
 
-    def forward(self, h_ts, C): return C.new_full((*h_ts.shape[:2], C.shape[1], C.shape[3]), 1 / C.shape[3])
+    def forward(self, h_ts, C):  # (B, Q, d_h), (B, S, n_ch, L) -> (B, Q, S, L)
+        "The map 1 / L for every pair."
+        L = C.shape[3]
+        return C.new_full((*h_ts.shape[:2], C.shape[1], L), 1 / L)
 
 # %% ../nbs/07_attention.ipynb #d047e584
 class GaussianAttention(nn.Module):
-    "A Gaussian of width `sigma` (a share of the map's side) around the middle of a square map (Table 2, 'Gaussian')."
-    def __init__(self, n_ch: int, d_h: int, d_k: int, sigma: float = 0.25, **_):
+    "A Gaussian around the middle of a square map (Table 2, 'Gaussian')."
+    def __init__(self,
+        n_ch: int,            # not used, as the next two
+        d_h: int,
+        d_k: int,
+        sigma: float = 0.25,  # width, as a share of the map's side
+        **_,
+    ):
         super().__init__()
         self.sigma = sigma
 
-    def forward(self, h_ts, C):
+    def forward(self, h_ts, C):  # (B, Q, d_h), (B, S, n_ch, L) -> (B, Q, S, L)
+        "The same Gaussian for every pair."
         side = round(C.shape[3] ** 0.5)
         x = (torch.arange(side, device=C.device, dtype=C.dtype) + 0.5) / side - 0.5
-        logits = -(x[:, None] ** 2 + x[None, :] ** 2).flatten() / (2 * self.sigma ** 2)
+        squares = (x[:, None] ** 2 + x[None, :] ** 2).flatten()
+        logits = -squares / (2 * self.sigma ** 2)
         return logits.softmax(0).expand(*h_ts.shape[:2], C.shape[1], -1)
 
 # %% ../nbs/07_attention.ipynb #42742c80
 class TaskAttention(nn.Module):
     "Attention over the support images and the contexts that it collects (eq. 6, 7 and 9)."
-    def __init__(self, n_ch: int, way: int, d_k: int, d_v: int):
+    def __init__(self,
+        n_ch: int,  # channels of the maps
+        way: int,   # classes of a task
+        d_k: int,   # width of query and keys
+        d_v: int,   # width of the values
+    ):
         super().__init__()
-        self.W_q, self.W_K = nn.Linear(n_ch, d_k, bias=False), nn.Linear(n_ch, d_k, bias=False)
+        self.W_q = nn.Linear(n_ch, d_k, bias=False)
+        self.W_K = nn.Linear(n_ch, d_k, bias=False)
         self.W_v = nn.Linear(n_ch + way, d_v, bias=False)
         self.W_K.load_state_dict(self.W_q.state_dict())
 
-    def forward(self, z_ts, a_tr, C_tr, y):  # (B, Q, n_ch), (B, Q, S, L), (B, S, n_ch, L), one-hot (B, S, way) -> o_g (B, Q, d_v), o_s (B, Q, n_ch), a_t (B, Q, S)
-        query, a_s = self.W_q(z_ts) @ (self.W_K.weight / self.W_K.out_features ** 0.5), a_tr.permute(0, 2, 3, 1)  # (B, Q, n_ch), (B, S, L, Q)
-        a_t = (torch.einsum("bscl,bqc->bslq", C_tr, query) * a_s).sum(2).softmax(1)  # (B, S, Q)
+    def forward(self,
+        z_ts,  # (B, Q, n_ch) pooled test features
+        a_tr,  # (B, Q, S, L) spatial attention on the support images
+        C_tr,  # (B, S, n_ch, L) their maps
+        y,     # (B, S, way) their one-hot labels
+    ):  # -> o_g (B, Q, d_v), o_s (B, Q, n_ch), a_t (B, Q, S)
+        "Task context, attended support feature, and the attention itself."
+        scaled = self.W_K.weight / self.W_K.out_features ** 0.5
+        query = self.W_q(z_ts) @ scaled                                  # (B, Q, n_ch)
+        a_s = a_tr.permute(0, 2, 3, 1)                                   # (B, S, L, Q)
+        scores = (torch.einsum("bscl,bqc->bslq", C_tr, query) * a_s).sum(2)
+        a_t = scores.softmax(1)                                          # (B, S, Q)
         o_s = torch.einsum("bslq,bscl->bqc", a_t[:, :, None] * a_s, C_tr)
-        return self.W_v(torch.cat([o_s, a_t.mT @ y], -1)), o_s, a_t.mT
+        o_g = self.W_v(torch.cat([o_s, a_t.mT @ y], -1))
+        return o_g, o_s, a_t.mT
 
 # %% ../nbs/07_attention.ipynb #54d15dda
 class Maps(NamedTuple):
     "The attention of one STA layer."
     a_tr: torch.Tensor  # (B, Q, S, L) spatial, on the support images, one map for each query
     a_ts: torch.Tensor  # (B, Q, L) spatial, on the test images
-    a_t: torch.Tensor  # (B, Q, S) task attention
+    a_t: torch.Tensor   # (B, Q, S) task attention
 
 # %% ../nbs/07_attention.ipynb #c45c4198
 class STALayer(nn.Module):
-    "Spatial and task attention (eq. 3 to 7, 9). `d_h` is `n_ch` in the first layer and `2 n_ch` in the others."
-    def __init__(self, n_ch: int, d_h: int, way: int, d_k: int, d_v: int, attention=SpatialAttention, **options):
+    "Spatial and task attention (eq. 3 to 7, 9)."
+    def __init__(self,
+        n_ch: int,  # channels of the maps
+        d_h: int,   # width of the test representation: `n_ch` in the first layer, `2 n_ch` in the others
+        way: int,   # classes of a task
+        d_k: int,   # width of queries and keys
+        d_v: int,   # width of the values
+        attention=SpatialAttention,  # the class of the spatial attention
+        **options,  # its own, such as `sigma`
+    ):
         super().__init__()
-        self.spatial, self.task = attention(n_ch, d_h, d_k, **options), TaskAttention(n_ch, way, d_k, d_v)
+        self.spatial = attention(n_ch, d_h, d_k, **options)
+        self.task = TaskAttention(n_ch, way, d_k, d_v)
 
-    def forward(self, C_tr, C_ts, h_ts, y):  # -> o_g (B, Q, d_v), the next h_ts (B, Q, 2 n_ch), Maps
+    def forward(self,
+        C_tr,  # (B, S, n_ch, L) maps of the support images
+        C_ts,  # (B, Q, n_ch, L) maps of the test images
+        h_ts,  # (B, Q, d_h) what to ask with
+        y,     # (B, S, way) one-hot labels
+    ):  # -> o_g (B, Q, d_v), the next h_ts (B, Q, 2 n_ch), Maps
+        "The layer's context, what the next layer asks with, and all attention maps."
         B, Q = h_ts.shape[:2]
         a_tr = self.spatial(h_ts, C_tr)
-        a_ts = self.spatial(h_ts.reshape(B * Q, 1, -1), C_ts.reshape(B * Q, 1, *C_ts.shape[2:])).view(B, Q, -1)
+        alone_h, alone_C = h_ts.reshape(B * Q, 1, -1), C_ts.reshape(B * Q, 1, *C_ts.shape[2:])
+        a_ts = self.spatial(alone_h, alone_C).view(B, Q, -1)
         z_ts = torch.einsum("bql,bqcl->bqc", a_ts, C_ts)
         o_g, o_s, a_t = self.task(z_ts, a_tr, C_tr, y)
         return o_g, torch.cat([z_ts, o_s], -1), Maps(a_tr, a_ts, a_t)

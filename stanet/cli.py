@@ -19,31 +19,52 @@ from .experiment import execute, fit, load_data, note_digest, run_test, task_set
 from .fingerprints import write_generated
 from .packs import Pack, atomic, load_pack, pack_digest, save_pack, twins
 from .parameters import Test, find_run, load_params, pack_path, root
-from .sources import KNOWN, SOURCES, check_known, check_name, download, find_sources, missing_pack, read_source
+from .sources import KNOWN, SOURCES, check_known, check_name, download, find_sources, missing_pack
+from .sources import read_source
 from .splits import SUMMARIES, make_split, split_summary
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Few-shot learning: data, runs, tests and reports.")
-data_app = typer.Typer(no_args_is_help=True, help="Real data sets, as packs under data/.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Few-shot learning: data, runs, tests and reports.",
+)
+data_app = typer.Typer(no_args_is_help=True, help="Import, download and verify data sets: packs under data/.")
 app.add_typer(data_app, name="data")
 
 # %% ../nbs/20_cli.ipynb #d9fe4fd8
+def _remove_old_drafts(folder: Path, hours: float = 1):
+    "Remove what killed processes left in `folder`."
+    for draft in folder.glob(".*.safetensors.*"):
+        if draft.stat().st_mtime < time.time() - 3600 * hours: draft.unlink()
+
+def _one_line(error, path: Path) -> ValueError:
+    "What the system says of a file, and what to do."
+    name = getattr(error, "filename", None) or path
+    why = getattr(error, "strerror", None) or error
+    return ValueError(f"{name}: {why}; see that it can be read and written and has room")
+
 @contextmanager
 def _importing(path: Path):
-    "Reading and writing of one pack: the system's refusals become one line."
-    made = not path.parent.exists()
+    "Reading and writing of the pack `path`: an error of the system becomes one line."
+    folder, is_new = path.parent, not path.parent.exists()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
-        for left in path.parent.glob(".*.safetensors.*"):
-            if left.stat().st_mtime < time.time() - 3600: left.unlink()
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+        _remove_old_drafts(folder)
         yield
-    except (OSError, SafetensorError) as error: raise ValueError(f"{getattr(error, 'filename', None) or path}: {getattr(error, 'strerror', None) or error}; see that it can be read and written and has room") from None
+    except (OSError, SafetensorError) as error: raise _one_line(error, path) from None
     finally:
-        if made and path.parent.is_dir() and not any(path.parent.iterdir()): path.parent.rmdir()
+        if is_new and folder.is_dir() and not any(folder.iterdir()): folder.rmdir()
 
-def _import(name: str, folder, size=None, grey=False):
+# %% ../nbs/20_cli.ipynb #5ddd9457
+def _pack_name(name: str, size: int | None) -> str:
+    usual = SOURCES[name][1] if name in SOURCES else size
+    return name if size is None or size == usual else f"{name}-{size}"
+
+def _import(name: str, folder, size: int | None = None, grey: bool = False):
     check_name(name)
-    path = root() / "data" / f"{name if size is None or name not in SOURCES or size == SOURCES[name][1] else f'{name}-{size}'}.safetensors"
+    path = root() / "data" / f"{_pack_name(name, size)}.safetensors"
     with _importing(path):
         pack = read_source(name, folder, size, grey)
         notes = notes_on(path.stem, pack)
@@ -52,65 +73,117 @@ def _import(name: str, folder, size=None, grey=False):
     print("\n  ".join([f"data/{path.name}: {pack}, sha256 {sha[:16]}", *notes]))
 
 # %% ../nbs/20_cli.ipynb #e04d3ce6
+def _size_problems(pack: Pack):  # yields one line, or nothing
+    if not len(pack):
+        yield "it holds no images; import it again"
+        return
+    sizes = pack.labels.bincount(minlength=len(pack.classes))
+    if sizes.min() >= 2: return
+    smallest = pack.classes[int(sizes.argmin())]
+    yield f"class {smallest!r} has {int(sizes.min())} images, too few for a task; import it again with more"
+
+def _digest_problems(name: str, pack: Pack):
+    try: check_known(name, pack)
+    except ValueError as error: yield str(error)
+
+def _split_problems(name: str, pack: Pack):
+    for split, expected in SUMMARIES.get(name, {}).items():
+        try: found = split_summary(make_split(split, pack), pack)
+        except ValueError as error: found = str(error)
+        if found != expected: yield f"split {split} gives {found!r} and should give {expected!r}"
+
 def problems_with(name: str, pack: Pack) -> list:
     "A line for each deviation of the pack `name` from what is known of it."
-    sizes, found = pack.labels.bincount(minlength=len(pack.classes)), []
-    if not len(pack): found.append("it holds no images; import it again")
-    elif sizes.min() < 2: found.append(f"class {pack.classes[int(sizes.argmin())]!r} has {int(sizes.min())} images, too few for a task; import it again with more")
-    try: check_known(name, pack)
-    except ValueError as error: found.append(str(error))
-    for split, line in SUMMARIES.get(name, {}).items():
-        try: summary = split_summary(make_split(split, pack), pack)
-        except ValueError as error: summary = str(error)
-        if summary != line: found.append(f"split {split} gives {summary!r} and should give {line!r}")
-    return found
+    return [*_size_problems(pack), *_digest_problems(name, pack), *_split_problems(name, pack)]
+
+# %% ../nbs/20_cli.ipynb #2fc612f8
+def _splits_of(name: str, pack: Pack) -> list:
+    "The splits of the pack `name`; a pack of one's own has one if it has ten classes."
+    if name in SUMMARIES: return list(SUMMARIES[name])
+    return ["folder"] if len(pack.classes) >= 10 else []
+
+def _duplicates(pack: Pack, split: str):  # yields a line for each part with images of a training class
+    parts = make_split(split, pack)
+    for part in ("val", "test"):
+        found = twins(pack, pack, getattr(parts, part), parts.train)
+        if not len(found): continue
+        example = pack.classes[int(pack.labels[found[0]])]
+        yield f"{len(found)} images of {part} classes are in a training class too, such as one of {example!r}"
 
 def notes_on(name: str, pack: Pack) -> list:
     "Lines on the splits, digest and repeated images of the pack `name`."
-    notes = [f"split {split}: {split_summary(make_split(split, pack), pack)}" for split in SUMMARIES.get(name, ["folder"] if len(pack.classes) >= 10 else [])]
-    if name in KNOWN: notes.append("the same pack as the results in this repository were measured on" if pack_digest(pack) == KNOWN[name] else "not byte for byte the pack that the results in this repository were measured on")
-    if name == "mini" or (notes and name not in SUMMARIES):
-        split = make_split("mini" if name == "mini" else "folder", pack)
-        for part in ("val", "test"):
-            if len(again := twins(pack, pack, getattr(split, part), split.train)): notes.append(f"{len(again)} images of {part} classes stand in a training class too, such as one of {pack.classes[int(pack.labels[again[0]])]!r}")
+    splits = _splits_of(name, pack)
+    notes = [f"split {split}: {split_summary(make_split(split, pack), pack)}" for split in splits]
+    if name in KNOWN:
+        is_same = pack_digest(pack) == KNOWN[name]
+        which = "the pack that" if is_same else "not byte for byte the pack that"
+        notes.append(f"{which} the results in this repository were measured on")
+    if name == "mini": notes += _duplicates(pack, "mini")
+    elif notes and name not in SUMMARIES: notes += _duplicates(pack, "folder")
     return notes
 
 # %% ../nbs/20_cli.ipynb #23099aaf
 @data_app.command("import")
-def data_import(name: str, path: Path, size: Annotated[int | None, typer.Option(help="side of the images in pixels")] = None, grey: Annotated[bool, typer.Option("--grey", help="one channel instead of three")] = False):
-    "Make the pack NAME from the files under PATH: omniglot, cifar100 or mini, or a new name for a tree of class folders. `all` imports whatever of the three lies there and is not a pack yet."
+def data_import(
+    name: Annotated[str, typer.Argument(help="omniglot, cifar100, mini, all, or a new name")],
+    path: Annotated[Path, typer.Argument(help="the folder with the files")],
+    size: Annotated[int | None, typer.Option(help="side of the images in pixels")] = None,
+    grey: Annotated[bool, typer.Option("--grey", help="one channel instead of three")] = False,
+):
+    """Make the pack NAME from the files under PATH.
+
+    With a new name, PATH is a tree of class folders. `all` imports whatever of omniglot, cifar100 and mini
+    is under PATH and is not a pack yet."""
     if name != "all": return _import(name, path, size, grey)
     for found, folder in find_sources(path).items():
-        if (root() / "data" / f"{found}.safetensors").exists(): print(f"data/{found}.safetensors is there; `stanet data verify {found}` checks it")
-        else: _import(found, folder)
+        if not (root() / "data" / f"{found}.safetensors").exists(): _import(found, folder)
+        else: print(f"data/{found}.safetensors is there; `stanet data verify {found}` checks it")
 
 @data_app.command("download")
-def data_download(name: str):
-    "Download omniglot or cifar100 from its official address, check it and make its pack."
+def data_download(
+    name: Annotated[str, typer.Argument(help="omniglot or cifar100")],
+):
+    "Download the data set NAME from its official address, check it and make its pack."
     _import(name, download(name, root() / "scratch" / "downloads"))
 
 # %% ../nbs/20_cli.ipynb #7206b173
-def _packs(names=None) -> dict:  # name -> path, the three data sets first
-    there = {p.stem: p for p in sorted((root() / "data").glob("*.safetensors"))}
-    return {n: there.get(n) for n in names or [*SOURCES, *(n for n in there if n not in SOURCES)]}
+def _packs(names=None) -> dict:  # name -> path or None, the three data sets first
+    there = {path.stem: path for path in sorted((root() / "data").glob("*.safetensors"))}
+    known = [*SOURCES, *(name for name in there if name not in SOURCES)]
+    return {name: there.get(name) for name in names or known}
 
+def _in_short(pack: Pack) -> str:
+    sizes = pack.labels.bincount(minlength=len(pack.classes))
+    if not len(sizes): return f"{pack}"
+    return f"{pack}, {min(sizes)} to {max(sizes)} images a class, sha256 {pack_digest(pack)}"
+
+def _verify(name: str, path: Path | None) -> tuple[str, list, bool]:
+    "The state of the pack `name`, lines on it, and whether it is in order."
+    if not path: return "missing", [missing_pack(name)], False
+    try:
+        pack = load_pack(path)
+        found = problems_with(name, pack)
+    except ValueError as error: return "deviates", [str(error)], False
+    if found: return "deviates", [_in_short(pack), *found], False
+    return "in order", [_in_short(pack), *notes_on(name, pack)], True
+
+
+# %% ../nbs/20_cli.ipynb #654df7a8
 @data_app.command("verify")
-def data_verify(names: Annotated[list[str] | None, typer.Argument(help="names of packs; none for all")] = None):
+def data_verify(
+    names: Annotated[list[str] | None, typer.Argument(help="names of packs; none for all")] = None,
+):
     "Compare the packs in data/ with what is known of them; a missing or deviating one is an error."
     bad, packs = 0, _packs(names)
     for name, path in packs.items():
-        try:
-            pack, text = (load_pack(path), "") if path else (None, missing_pack(name))
-            found = problems_with(name, pack) if path else [text]
-        except ValueError as error: pack, found = None, [str(error)]
-        sizes = pack.labels.bincount(minlength=len(pack.classes)) if pack else []
-        print("\n  ".join([f"{name}: {'in order' if not found else 'deviates' if path else 'missing'}", *([f"{pack}, {min(sizes)} to {max(sizes)} images a class, sha256 {pack_digest(pack)}"] if len(sizes) else []), *(found or notes_on(name, pack))]))
-        bad += bool(found)
+        state, lines, good = _verify(name, path)
+        print("\n  ".join([f"{name}: {state}", *lines]))
+        bad += not good
     if bad: raise ValueError(f"{bad} of {len(packs)} packs are missing or deviate, see above")
 
 @data_app.command("list")
 def data_list():
-    "The packs in data/, and what makes those that are missing."
+    "List the packs in data/, and how to get those that are missing."
     for name, path in _packs().items(): print(f"{name}: {load_pack(path) if path else missing_pack(name)}")
 
 # %% ../nbs/20_cli.ipynb #ad412f0e
@@ -123,33 +196,49 @@ def check():
 # %% ../nbs/20_cli.ipynb #bbe81ab4
 @app.command()
 def fingerprints():
-    "Write what the pipeline's stages depend on, and the lists of its stages, from params.yaml and the code."
+    """Write fingerprints.yaml and pipeline.yaml from params.yaml and the code.
+
+    The first holds what each stage of the pipeline depends on, the second the lists of its stages."""
     if not write_generated(load_params(), root()): return
-    raise ValueError("pipeline.yaml was out of date and has been written anew; run the same command again, as DVC reads its stages first")
+    hint = "run the same command again, as DVC reads its stages first"
+    raise ValueError(f"pipeline.yaml was out of date and has been written again; {hint}")
 
 @app.command()
 def equivalent(
     rev: Annotated[str, typer.Argument(help="a commit, a tag or a branch")],
-    steps: Annotated[int | None, typer.Option(help="steps of each try; 40 if not given, and 8 with ResNet12")] = None,
+    steps: Annotated[int | None, typer.Option(help="steps of each try; 40, or 8 with ResNet12")] = None,
 ):
-    "Prove that the code of REV trains recorded runs to the same bits as the code here, and note it in equivalent.csv."
+    """Prove that the code of REV trains recorded runs to the same bits as the code here.
+
+    The proofs are noted in equivalent.csv."""
     from stanet.equivalent import equivalent
     equivalent(rev, steps=steps)
 
+
+# %% ../nbs/20_cli.ipynb #5e1a21ca
 @app.command()
 def glyphs():
     "Draw the embedded data set."
     import stanet.glyphs
-    note_digest(root() / "packs" / "glyphs.sha256", save_pack(stanet.glyphs.glyphs(), pack_path("glyphs")))
+    sha = save_pack(stanet.glyphs.glyphs(), pack_path("glyphs"))
+    note_digest(root() / "packs" / "glyphs.sha256", sha)
+
+def _check_task_set(name: str, sets: dict):
+    if name in sets: return
+    raise ValueError(f"no task set {name!r} in params.yaml; there are {', '.join(sets)}")
 
 @app.command()
-def tasks(name: str):
+def tasks(
+    name: Annotated[str, typer.Argument(help="name of a task set in params.yaml")],
+):
     "Draw the test tasks NAME."
-    path, sets = root() / "tasks" / f"{name}.safetensors", load_params(thorough=False).task_sets
-    if name not in sets: raise ValueError(f"no task set {name!r} in params.yaml; there are {', '.join(sets)}")
+    sets = load_params(thorough=False).task_sets
+    _check_task_set(name, sets)
     pack = load_data(sets[name].pack)
-    for old in (path, path.with_suffix(".sha256")): old.unlink(missing_ok=True)
-    note_digest(path.with_suffix(".sha256"), tasks_digest(task_set(name, sets[name], pack)))
+    path = root() / "tasks" / f"{name}.safetensors"
+    noted = path.with_suffix(".sha256")
+    for old in (path, noted): old.unlink(missing_ok=True)
+    note_digest(noted, tasks_digest(task_set(name, sets[name], pack)))
 
 # %% ../nbs/20_cli.ipynb #3fb89a3e
 @contextmanager
@@ -157,50 +246,74 @@ def interruptible(again: str):
     "Ctrl-C in this block ends the command with one line that says how to go on, and the exit code 130."
     try: yield
     except KeyboardInterrupt as stop:
-        if os.environ.get("RANK", "0") == "0": print(f"stanet: {stop if str(stop) else f'stopped; `{again}` goes on from the last state'}", file=sys.stderr)
+        message = str(stop) or f"stopped; `{again}` goes on from the last state"
+        is_first = os.environ.get("RANK", "0") == "0"  # of several processes one speaks
+        if is_first: print(f"stanet: {message}", file=sys.stderr)
         raise typer.Exit(130) from None
 
+# %% ../nbs/20_cli.ipynb #53040f82
+_Key = Annotated[str, typer.Argument(help="name of a run in params.yaml")]
+_Tasks = Annotated[str, typer.Argument(help="name of a task set in params.yaml")]
+_INDUCTIVE = "answer each query without the others, where the method's authors don't"
+_Inductive = Annotated[bool, typer.Option("--inductive", help=_INDUCTIVE)]
+
 @app.command("train")
-def train_command(key: str):
-    "Train and record the run KEY, in a notebook."
+def train_command(key: _Key):
+    """Train and record the run KEY, in a notebook.
+
+    The executed notebook is kept in runs/KEY/. A training that was stopped goes on from its last state."""
     find_run(key)
     source = root() / "nbs" / "experiments" / "train.ipynb"
-    with interruptible(f"stanet train {key}"): execute(source, root() / "runs" / key / "train.ipynb", {"key": key})
+    output = root() / "runs" / key / "train.ipynb"
+    with interruptible(f"stanet train {key}"): execute(source, output, {"key": key})
 
 @app.command("fit")
-def fit_command(key: str):
-    "Train the run KEY without the notebook; `stanet train KEY` then finds it finished."
+def fit_command(key: _Key):
+    """Train the run KEY without the notebook.
+
+    Nothing is recorded: `stanet train KEY` then finds the training finished and records it."""
     run = find_run(key)
     with interruptible(f"stanet fit {key}"): fit(run, load_data(run.pack))
 
+# %% ../nbs/20_cli.ipynb #60c0088a
 @app.command("test")
-def test_command(
-    key: str,
-    tasks: str,
-    inductive: Annotated[bool, typer.Option("--inductive", help="answer each query without the others, where the method's authors don't")] = False,
-):
+def test_command(key: _Key, tasks: _Tasks, inductive: _Inductive = False):
     "Test the stored weights of the run KEY on the task set TASKS."
     params = load_params(thorough=False)
     job = Test(find_run(key).key, tasks, inductive)
-    if tasks not in params.task_sets: raise ValueError(f"no task set {tasks!r} in params.yaml; there are {', '.join(params.task_sets)}")
+    _check_task_set(tasks, params.task_sets)
     with interruptible(f"stanet test {key} {tasks}"): metrics = run_test(job, params)
-    print(f"{job.name}: {metrics['accuracy']:.2f} ± {metrics['ci95']:.2f} % over {metrics['tasks']:,} tasks")
+    accuracy = f"{metrics['accuracy']:.2f} ± {metrics['ci95']:.2f} %"
+    print(f"{job.name}: {accuracy} over {metrics['tasks']:,} tasks")
 
 @app.command()
-def report(name: str):
-    "Make the report NAME (a table or a figure) from the runs that exist."
+def report(
+    name: Annotated[str, typer.Argument(help="name of a notebook in nbs/results, such as table4")],
+):
+    "Make the report NAME, a table or a figure, from the runs that exist."
     source = root() / "nbs" / "results" / f"{name}.ipynb"
-    if not source.is_file(): raise ValueError(f"no report {name!r}; there are {', '.join(sorted(p.stem for p in source.parent.glob('*.ipynb')))}")
-    with interruptible(f"stanet report {name}"): execute(source, root() / "results" / f"{name}.ipynb", {"name": name})
+    if not source.is_file():
+        known = sorted(path.stem for path in source.parent.glob("*.ipynb"))
+        raise ValueError(f"no report {name!r}; there are {', '.join(known)}")
+    output = root() / "results" / f"{name}.ipynb"
+    with interruptible(f"stanet report {name}"): execute(source, output, {"name": name})
 
 # %% ../nbs/20_cli.ipynb #0212ba9a
+_SHOWN = re.compile(r"(<!-- results: (\w+) -->)\n.*?<!-- end -->", re.DOTALL)
+
 def with_results(text: str, results) -> str:
     "`text` with the Markdown tables of the folder `results` between their marks."
-    table = lambda mark: f"{mark[1]}\n{(Path(results) / f'{mark[2]}.md').read_text().strip()}\n<!-- end -->"
-    return re.sub(r"(<!-- results: (\w+) -->)\n.*?<!-- end -->", table, text, flags=re.DOTALL)
+    def table(found):
+        "The mark with the table that it names."
+        mark, name = found.groups()
+        content = (Path(results) / f"{name}.md").read_text().strip()
+        return f"{mark}\n{content}\n<!-- end -->"
+    return _SHOWN.sub(table, text)
 
 @app.command("bench")
-def bench_command(parts: Annotated[list[str], typer.Argument(help="step, evaluation, import, pipeline; all if none is named")] = None):
+def bench_command(
+    parts: Annotated[list[str], typer.Argument(help="step, evaluation, import, pipeline; none: all")] = None,
+):
     "Measure speed and memory into results/bench."
     from stanet.bench import bench
     bench(parts or ())
@@ -213,7 +326,9 @@ def readme():
     with atomic(path) as temporary: temporary.write_text(text)
 
 # %% ../nbs/20_cli.ipynb #6004beed
+_OF_USERS = (ValueError, OSError, ArithmeticError, SyntaxError)  # errors that a user can cause
+
 def main():
     "The `stanet` command: errors that a user can cause are one line."
     try: app()
-    except (ValueError, OSError, ArithmeticError, SyntaxError) as error: sys.exit(f"stanet: {error}")
+    except _OF_USERS as error: sys.exit(f"stanet: {error}")

@@ -7,7 +7,8 @@ __all__ = ['start']
 
 # %% ../nbs/project/reliability.ipynb #32a60c0b
 def start():
-    "The `stanet` command from its first moment on: Ctrl-C in the seconds in which torch is imported ends it without a word, as nothing has been begun."
+    """The `stanet` command from its first moment on: Ctrl-C while torch is imported ends it without a word,
+    as nothing has been begun."""
     import signal
     usual = signal.signal(signal.SIGINT, signal.SIG_DFL)
     from stanet.cli import main

@@ -10,20 +10,40 @@ import torch
 from torch import nn
 
 # %% ../nbs/06_embedding.ipynb #03085691
-def conv_block(c_in: int, c_out: int, pool: bool, dropout: float = 0.0) -> nn.Sequential:
+def conv_block(
+    c_in: int,             # channels of the input
+    c_out: int,            # channels of the output
+    pool: bool,            # halve the map
+    dropout: float = 0.0,  # share of the values that training sets to zero
+) -> nn.Sequential:        # (n, c_in, h, w) -> (n, c_out, h, w), with `pool` (n, c_out, h // 2, w // 2)
     "3x3 convolution, batch normalisation, with `pool` a 2x2 max-pool, ReLU, and dropout if any."
     layers = [nn.Conv2d(c_in, c_out, 3, padding=1), nn.BatchNorm2d(c_out)]
-    return nn.Sequential(*layers, *([nn.MaxPool2d(2)] if pool else []), nn.ReLU(inplace=True), *([nn.Dropout(dropout)] if dropout else []))
+    if pool: layers.append(nn.MaxPool2d(2))
+    layers.append(nn.ReLU(inplace=True))
+    if dropout: layers.append(nn.Dropout(dropout))
+    return nn.Sequential(*layers)
 
 # %% ../nbs/06_embedding.ipynb #6ddeada4
+def _conv_blocks(channels, width, pools, dropout) -> list:
+    inputs = [channels, width, width, width]
+    return [conv_block(c_in, width, i < pools, dropout) for i, c_in in enumerate(inputs)]
+
 class Conv64(nn.Module):
-    "Images `(n, c, h, w)` to feature maps `(n, n_ch, h // 2**pools, w // 2**pools)`: four blocks, of which the first `pools` pool."
-    def __init__(self, channels: int = 3, width: int = 64, pools: int = 4, dropout: float = 0.0):
+    "Images `(n, c, h, w)` to maps `(n, n_ch, h // 2**pools, w // 2**pools)`: four blocks, some pool."
+    def __init__(
+        self,
+        channels: int = 3,     # of an image: 1 or 3
+        width: int = 64,       # channels of each block, n_ch
+        pools: int = 4,        # blocks that halve the map, 0..4
+        dropout: float = 0.0,  # share of the values that training sets to zero
+    ):
         super().__init__()
         self.n_ch = width
-        self.blocks = nn.Sequential(*(conv_block(width if i else channels, width, i < pools, dropout) for i in range(4)))
+        self.blocks = nn.Sequential(*_conv_blocks(channels, width, pools, dropout))
 
-    def forward(self, images): return self.blocks(images)
+    def forward(self, images):
+        "The feature maps of a batch of images."
+        return self.blocks(images)
 
 # %% ../nbs/06_embedding.ipynb #51f6f134
 def count_parameters(module: nn.Module) -> int:
@@ -31,47 +51,88 @@ def count_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 # %% ../nbs/06_embedding.ipynb #ce6565f8
+def _convolution(c_in, c_out) -> list:
+    return [
+        nn.Conv2d(c_in, c_out, 3, padding=1, bias=False),
+        nn.BatchNorm2d(c_out),
+        nn.LeakyReLU(0.1, inplace=True),
+    ]
+
 class ResidualBlock(nn.Module):
     "`(n, c_in, h, w)` to `(n, c_out, h, w)`, halved with `pool`: three convolutions and a projected skip."
-    def __init__(self, c_in: int, c_out: int, pool: bool, dropout: float = 0.0):
+    def __init__(
+        self,
+        c_in: int,             # channels of the input
+        c_out: int,            # channels of the output
+        pool: bool,            # halve the map
+        dropout: float = 0.0,  # share of the values that training sets to zero
+    ):
         super().__init__()
-        def convolution(c): return nn.Conv2d(c, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.LeakyReLU(0.1, inplace=True)
-        self.body = nn.Sequential(*convolution(c_in), *convolution(c_out), *convolution(c_out))
+        layers = _convolution(c_in, c_out) + _convolution(c_out, c_out) + _convolution(c_out, c_out)
+        self.body = nn.Sequential(*layers)
         self.skip = nn.Conv2d(c_in, c_out, 1, bias=False)
-        self.after = nn.Sequential(*([nn.MaxPool2d(2)] if pool else []), nn.Dropout(dropout))
+        pooling = [nn.MaxPool2d(2)] if pool else []
+        self.after = nn.Sequential(*pooling, nn.Dropout(dropout))
 
-    def forward(self, x): return self.after(self.body(x) + self.skip(x))
+    def forward(self, x):
+        "The block's maps."
+        return self.after(self.body(x) + self.skip(x))
 
 # %% ../nbs/06_embedding.ipynb #cfad093b
 class ResNet12(nn.Module):
-    "Images `(n, c, h, w)` to feature maps `(n, 4 width, h // 2**pools, w // 2**pools)`: four residual blocks of `width` times 1, 1.5, 2 and 4 channels, of which the first `pools` pool."
-    def __init__(self, channels: int = 3, width: int = 64, pools: int = 4, dropout: float = 0.0):
+    """Images `(n, c, h, w)` to maps `(n, 4 width, h // 2**pools, w // 2**pools)`: four residual blocks of
+    1, 1.5, 2 and 4 times `width` channels, of which the first `pools` pool."""
+    def __init__(
+        self,
+        channels: int = 3,     # of an image: 1 or 3
+        width: int = 64,       # channels of the first block, an even number
+        pools: int = 4,        # blocks that halve the map, 0..4
+        dropout: float = 0.0,  # share of the values that training sets to zero
+    ):
         super().__init__()
         widths = [channels, width, 3 * width // 2, 2 * width, 4 * width]
         self.n_ch = widths[-1]
-        self.blocks = nn.Sequential(*(ResidualBlock(*widths[i:i + 2], i < pools, dropout) for i in range(4)))
+        pairs = enumerate(zip(widths, widths[1:]))
+        blocks = [ResidualBlock(c_in, c_out, i < pools, dropout) for i, (c_in, c_out) in pairs]
+        self.blocks = nn.Sequential(*blocks)
 
-    def forward(self, images): return self.blocks(images)
+    def forward(self, images):
+        "The feature maps of a batch of images."
+        return self.blocks(images)
 
 # %% ../nbs/06_embedding.ipynb #2fa453d7
 class Strided64(nn.Module):
-    "Images `(n, c, h, w)` to maps `(n, n_ch, h_f, w_f)`: four blocks without a pool, the first `pools` of stride 2."
-    def __init__(self, channels: int = 3, width: int = 64, pools: int = 4, dropout: float = 0.0):
+    "Images `(n, c, h, w)` to maps `(n, n_ch, h_f, w_f)`: four blocks, the first `pools` of stride 2."
+    def __init__(
+        self,
+        channels: int = 3,     # of an image: 1 or 3
+        width: int = 64,       # channels of each block, n_ch
+        pools: int = 4,        # blocks that halve the map, 0..4
+        dropout: float = 0.0,  # share of the values that training sets to zero
+    ):
         super().__init__()
         self.n_ch = width
-        blocks = [conv_block(width if i else channels, width, False, dropout) for i in range(4)]
+        blocks = _conv_blocks(channels, width, 0, dropout)
         for block in blocks[:pools]: block[0].stride = (2, 2)
         self.blocks = nn.Sequential(*blocks)
 
-    def forward(self, images): return self.blocks(images)
+    def forward(self, images):
+        "The feature maps of a batch of images."
+        return self.blocks(images)
 
 # %% ../nbs/06_embedding.ipynb #166ee693
+def _without_last_relu(block) -> nn.Sequential:
+    layers = list(block)
+    places = [i for i, layer in enumerate(layers) if isinstance(layer, nn.ReLU)]
+    if places: del layers[places[-1]]
+    return nn.Sequential(*layers)
+
 def drop_last_relu(backbone: nn.Module):
-    "Take the last ReLU from the last block, if it has one. An unknown kind of block raises a `ValueError`."
+    "Remove the last ReLU of the last block, if it has one. An unknown kind of block raises a `ValueError`."
     last = getattr(backbone, "blocks", [None])[-1]
     if isinstance(last, ResidualBlock): return
     if not isinstance(last, nn.Sequential):
         name = type(backbone).__name__
-        raise ValueError(f"last_relu: {name} has no last block that is known to end in a ReLU; use last_relu: true")
-    place = max((i for i, layer in enumerate(last) if isinstance(layer, nn.ReLU)), default=None)
-    backbone.blocks[-1] = nn.Sequential(*(layer for i, layer in enumerate(last) if i != place))
+        problem = f"{name} has no last block that is known to end in a ReLU"
+        raise ValueError(f"last_relu: {problem}; use last_relu: true")
+    backbone.blocks[-1] = _without_last_relu(last)

@@ -19,53 +19,84 @@ def _can_fuse(layer, following) -> bool:
     normalises = isinstance(following, nn.BatchNorm2d) and following.track_running_stats
     return isinstance(layer, nn.Conv2d) and normalises
 
+def _fold_block(block: nn.Sequential):
+    for i in range(len(block) - 1):
+        if not _can_fuse(block[i], block[i + 1]): continue
+        block[i] = fuse_conv_bn_eval(block[i], block[i + 1])
+        block[i + 1] = nn.Identity()
+
 def folded(net: Method) -> Method:
     "A copy of `net` for evaluation whose convolutions contain the batch normalisation after them."
     net = copy.deepcopy(net).eval()
-    for block in [m for m in net.modules() if isinstance(m, nn.Sequential)]:
-        for i in range(len(block) - 1):
-            if not _can_fuse(block[i], block[i + 1]): continue
-            block[i], block[i + 1] = fuse_conv_bn_eval(block[i], block[i + 1]), nn.Identity()
+    blocks = [m for m in net.modules() if isinstance(m, nn.Sequential)]
+    for block in blocks: _fold_block(block)
     return net
 
+# %% ../nbs/13_evaluation.ipynb #e75a1f66
 @torch.no_grad()
-def embed_images(net: Method, images: torch.Tensor, batch: int = 64) -> torch.Tensor:  # uint8 (n, h, w, c) -> (n, ...)
+def embed_images(
+    net: Method,
+    images: torch.Tensor,  # uint8 (n, h, w, c)
+    batch: int = 64,       # images at once
+) -> torch.Tensor:         # (n, ...) on the network's device
     "What `net.embed` makes of all images, in float32."
-    net, device, index = folded(net), next(net.parameters()).device, torch.arange(len(images))
-    return torch.cat([net.embed(load_images(images, part).to(device)) for part in index.split(batch)])
+    net, device = folded(net), next(net.parameters()).device
+    index = torch.arange(len(images))
+    maps = [net.embed(load_images(images, part).to(device)) for part in index.split(batch)]
+    return torch.cat(maps)
 
 # %% ../nbs/13_evaluation.ipynb #f7626c9d
+def _logits(net, maps, tasks):  # (B, Q, way)
+    support, query = gather_maps(maps, tasks.support), gather_maps(maps, tasks.query)
+    return net.classify(support, tasks.support_labels, query)
+
 @torch.no_grad()
-def answer(net: Method, maps: torch.Tensor, tasks: Tasks, batch: int = 25) -> torch.Tensor:  # int8 (n_tasks, Q)
+def answer(
+    net: Method,
+    maps: torch.Tensor,  # (n, ...) of all images, from `embed_images`
+    tasks: Tasks,
+    batch: int = 25,     # tasks at once
+) -> torch.Tensor:       # int8 (n_tasks, Q)
     "The network's answer to each query of each task, a label 0..way-1."
     answers = []
     for rows in torch.arange(len(tasks.support)).split(batch):
-        t = tasks.subset(rows).to(maps.device)
-        logits = net.classify(gather_maps(maps, t.support), t.support_labels, gather_maps(maps, t.query))
+        logits = _logits(net, maps, tasks.subset(rows).to(maps.device))
         answers.append(logits.argmax(-1).to(torch.int8).cpu())
     return torch.cat(answers)
 
+# %% ../nbs/13_evaluation.ipynb #63589cd5
 def errors_of(answers: torch.Tensor, tasks: Tasks) -> np.ndarray:  # int8 (n_tasks, Q)
-    "How far each answer is from its label, counted around the classes of the task: (answer - label) mod way, 0 where it is right."
+    "How far each answer is from its label, (answer - label) mod way: 0 where it is right."
     way = int(tasks.support_labels.max()) + 1
-    return ((answers.int() - tasks.query_labels.int()) % way).to(torch.int8).numpy()
+    difference = answers.int() - tasks.query_labels.int()
+    return (difference % way).to(torch.int8).numpy()
 
 def count_correct(errors) -> np.ndarray:  # int16 (n_tasks,)
     "Correct answers in each task."
-    return (np.asarray(errors) == 0).sum(-1).astype(np.int16)
+    right = np.asarray(errors) == 0
+    return right.sum(-1).astype(np.int16)
 
 # %% ../nbs/13_evaluation.ipynb #47332c29
 def interval(values) -> tuple[float, float]:  # mean, half width
     "Mean and half width of its 95 % interval."
     values = np.asarray(values, dtype=np.float64)
-    return float(values.mean()), float(1.96 * values.std(ddof=1) / len(values) ** 0.5)
+    half = 1.96 * values.std(ddof=1) / len(values) ** 0.5
+    return float(values.mean()), float(half)
 
 def accuracy(correct, answers: int) -> tuple[float, float]:  # percent, half width
     "Accuracy in percent over tasks with `answers` queries each, and its 95 % interval."
     return interval(100 * np.asarray(correct) / answers)
 
 # %% ../nbs/13_evaluation.ipynb #6f5ffb15
-def paired(correct, other, answers: int) -> tuple[float, float]:
-    "Mean difference in percent points over the same tasks, `correct` minus `other`, and its 95 % interval."
-    if len(correct) != len(other): raise ValueError(f"{len(correct)} and {len(other)} tasks are not the same tasks")
-    return interval(100 * (np.asarray(correct, dtype=np.float64) - np.asarray(other)) / answers)
+def paired(
+    correct,       # correct answers in each task
+    other,         # those of the other method in the same tasks
+    answers: int,  # queries in a task
+) -> tuple[float, float]:  # percent points, half width
+    """Mean difference over the same tasks, `correct` minus `other`, and its 95 % interval.
+    Different numbers of tasks raise a `ValueError`."""
+    if len(correct) != len(other):
+        found = f"{len(correct)} and {len(other)} tasks are not the same tasks"
+        raise ValueError(f"{found}; test both on one task set")
+    difference = np.asarray(correct, dtype=np.float64) - np.asarray(other)
+    return interval(100 * difference / answers)

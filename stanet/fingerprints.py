@@ -18,9 +18,9 @@ from .parameters import Params, Run, TaskSet, Test, root, run_fields
 
 # %% ../nbs/16_fingerprints.ipynb #5a40faa5
 FOR_PEOPLE = ("show", "trouble")  # methods of classes that draw and warn
-VALIDATORS = {"field_validator", "model_validator"}  # they refuse; what they let through is hashed
 
-def _is_text(node): return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+def _is_text(node) -> bool:  # a docstring
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 class _Plain(ast.NodeTransformer):  # leaves out what decides no result
     def _without_text(self, node):
@@ -43,39 +43,56 @@ class _Plain(ast.NodeTransformer):  # leaves out what decides no result
         self.generic_visit(node)
         return self._without_text(node)
 
+# %% ../nbs/16_fingerprints.ipynb #bf3f1d53
 def plain(node: ast.AST) -> ast.AST:
     "A copy of a syntax tree without docstrings, annotations of arguments, and methods that draw or warn."
     return _Plain().visit(copy.deepcopy(node))
 
-def _decorators(node) -> set:
-    names = [d.func if isinstance(d, ast.Call) else d for d in getattr(node, "decorator_list", [])]
-    return {ast.unparse(n).split(".")[-1] for n in names}
+# %% ../nbs/16_fingerprints.ipynb #38466284
+VALIDATORS = {"field_validator", "model_validator"}  # they refuse; what they let through is hashed
+
+def _decorators(node) -> set:  # names, without the module before them and without arguments
+    found = set()
+    for decorator in getattr(node, "decorator_list", []):
+        if isinstance(decorator, ast.Call): decorator = decorator.func
+        *_, name = ast.unparse(decorator).split(".")
+        found.add(name)
+    return found
 
 def rules_alone(node: ast.ClassDef) -> ast.ClassDef:
     "A model of pydantic without its fields and validators: its methods."
     functions = [n for n in node.body if isinstance(n, ast.FunctionDef)]
     rules = [n for n in functions if not _decorators(n) & VALIDATORS]
-    return ast.ClassDef(node.name, node.bases, node.keywords, rules or [ast.Pass()], node.decorator_list)
+    body = rules or [ast.Pass()]
+    return ast.ClassDef(node.name, node.bases, node.keywords, body, node.decorator_list)
 
 # %% ../nbs/16_fingerprints.ipynb #04108a75
+_NOT_CANONICAL = ("ctx", "kind", "type_comment", "type_params")  # fields of nodes
+
 def canonical_ast(node):
     "A syntax tree as nested lists, the same in every Python version: without positions and empty fields."
     if isinstance(node, list): return [canonical_ast(n) for n in node]
     if not isinstance(node, ast.AST): return repr(node)
-    given = {k: v for k, v in ast.iter_fields(node) if v is not None and v != []}
-    left_out = ("ctx", "kind", "type_comment", "type_params")
-    return [type(node).__name__, {k: canonical_ast(v) for k, v in given.items() if k not in left_out}]
+    fields = {}
+    for name, value in ast.iter_fields(node):
+        if value is None or value == []: continue
+        if name not in _NOT_CANONICAL: fields[name] = canonical_ast(value)
+    return [type(node).__name__, fields]
 
 # %% ../nbs/16_fingerprints.ipynb #df4af3da
+def _globals_of(scope) -> set:  # of a symbol table and those inside of it
+    found = {s.get_name() for s in scope.get_symbols() if s.is_global()}
+    for inner in scope.get_children(): found |= _globals_of(inner)
+    return found
+
 def _global_names(node) -> set:  # every name that a statement or an expression looks up outside itself
     inside = ast.parse("def _(): pass").body[0]  # in a function all versions of Python count alike
     inside.body = [node if isinstance(node, ast.stmt) else ast.Expr(node)]
-    def names(scope):
-        own = {s.get_name() for s in scope.get_symbols() if s.is_global()}
-        return own.union(*map(names, scope.get_children()))
     module = symtable.symtable(ast.unparse(inside), "<definition>", "exec")
-    return names(module.get_children()[0])
+    function, *_ = module.get_children()
+    return _globals_of(function)
 
+# %% ../nbs/16_fingerprints.ipynb #246d9616
 DEFINITION = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 IMPORT = (ast.Import, ast.ImportFrom)
 OWN_SCOPE = (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
@@ -83,21 +100,27 @@ OWN_SCOPE = (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorE
 def _bound_names(node) -> list:  # the names that a statement binds in its module, those of imports left out
     if isinstance(node, DEFINITION): return [node.name]
     if isinstance(node, OWN_SCOPE): return []
-    if isinstance(node, ast.Name): return [node.id] if isinstance(node.ctx, ast.Store) else []
-    names = [n for child in ast.iter_child_nodes(node) for n in _bound_names(child)]
-    return [n for n in dict.fromkeys(names) if not n.startswith("__")]
+    if isinstance(node, ast.Name):
+        return [node.id] if isinstance(node.ctx, ast.Store) else []
+    names = []
+    for child in ast.iter_child_nodes(node): names += _bound_names(child)
+    once = dict.fromkeys(names)
+    return [name for name in once if not name.startswith("__")]
 
 def _dotted_name(node) -> list:  # ["stanet", "splits", "make"] of `stanet.splits.make`; [] of `f().make`
     parts = []
     while isinstance(node, ast.Attribute):
-        parts.append(node.attr)
+        parts.insert(0, node.attr)
         node = node.value
-    return [node.id, *reversed(parts)] if isinstance(node, ast.Name) else []
+    return [node.id, *parts] if isinstance(node, ast.Name) else []
 
 # %% ../nbs/16_fingerprints.ipynb #0a71fc03
 def _import_source(node: ast.ImportFrom, package: list) -> str:  # "stanet.packs" of `from ..packs import A`
-    above = package[:len(package) + 1 - node.level] if node.level else []
-    source = ".".join([*above, *filter(None, [node.module])])
+    parts = [node.module] if node.module else []
+    if node.level:
+        depth = len(package) + 1 - node.level
+        parts = package[:depth] + parts
+    source = ".".join(parts)
     if node.names[0].name != "*": return source
     raise ValueError(f"from {source} import *: import names, or nobody can tell where one comes from")
 
@@ -110,12 +133,32 @@ def _imports(node, package: list) -> dict:  # name -> dotted name, of a statemen
                 found[a.asname or top] = a.name if a.asname else top
         if isinstance(n, ast.ImportFrom):
             source = _import_source(n, package)
-            found |= {a.asname or a.name: f"{source}.{a.name}" for a in n.names}
+            for a in n.names: found[a.asname or a.name] = f"{source}.{a.name}"
     return found
 
+# %% ../nbs/16_fingerprints.ipynb #23dd824c
+def _affecting_names(node) -> set:  # names that a statement mentions where it may change what they mean
+    parts = []
+    if getattr(node, "decorator_list", []):
+        arguments = [n for n in ast.walk(node) if isinstance(n, ast.arg)]
+        annotations = [a.annotation for a in arguments if a.annotation]
+        parts = [*node.decorator_list, *annotations]
+    elif not _bound_names(node): parts = [node]
+    found = set()
+    for part in parts: found |= _global_names(part)
+    return found
+
+def _sets_dunder(node) -> bool:  # `__all__ = ...`
+    return isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).startswith("__")
+
+# %% ../nbs/16_fingerprints.ipynb #b2c46d82
 class Module:
     "A module's text: its definitions (name -> statements), its imports, and what belongs to all of it."
-    def __init__(self, name: str, text: str, package: list):
+    def __init__(self,
+        name: str,      # below the package, such as methods.stanet
+        text: str,      # its code
+        package: list,  # the package that it is in, such as ["stanet", "methods"]
+    ):
         self.name, self.package = name, package
         self.own, self.imports, self.always = {}, {}, []
         statements = ast.parse(text, filename=f"{name}.py").body
@@ -130,40 +173,15 @@ class Module:
     def _attach(self, node):  # to the definitions that it may change, or to the whole module
         if isinstance(node, IMPORT) or _is_text(node): return
         bound = _bound_names(node)
-        mentioned = self._mentioned(node, bound) - set(bound)
-        for name in mentioned: self.own[name].append(node)
-        dunder = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).startswith("__")
-        if not bound and not mentioned and not dunder: self.always.append(node)
+        others = self.own.keys() - set(bound)
+        affected = _affecting_names(node) & others
+        for name in affected: self.own[name].append(node)
+        if not bound and not affected and not _sets_dunder(node): self.always.append(node)
 
-    def _mentioned(self, node, bound: list) -> set:
-        parts = [] if bound else [node]
-        if getattr(node, "decorator_list", []):
-            arguments = [n for n in ast.walk(node) if isinstance(n, ast.arg)]
-            parts = [*node.decorator_list, *(a.annotation for a in arguments if a.annotation)]
-        names = [_global_names(p) for p in parts]
-        return set().union(*names) & self.own.keys()
-
-# %% ../nbs/16_fingerprints.ipynb #7a2dd3c7
-NOT_HASHED = {  # module, or module.name -> why no result depends on it
-    "runtime": "states on disk, locks, signals, memory and the description of the machine",
-    "packs.atomic": "how files are written",
-    "packs.writing": "how files are written",
-    "packs.sweep": "how files are written",
-    "method.find_method": "finds a class by its name; the class is hashed",
-    "weights.from_pretrained": "reads a stored network and checks it; the run that it is of is hashed",
-    "training.faster_format": "measures time; the format that it answers stands on the card",
-    "training.check_state": "stops a training or warns of it",
-    "experiment.scratch_folder": "where states are kept",
-    "experiment.all_stages": "what the card tells of a training",
-}
-
-def _left_out(key: str) -> bool: return key in NOT_HASHED or key.split(".")[0] in NOT_HASHED
-
-# %% ../nbs/16_fingerprints.ipynb #53ceb8b2
-class Code:
-    "The definitions of the package in `folder`, read as names lead to them."
+# %% ../nbs/16_fingerprints.ipynb #1211c2d7
+class _Package:  # the modules of the package in a folder, each read once
     def __init__(self, folder):
-        self.folder, self.modules, self.known = Path(folder), {}, {}
+        self.folder, self.modules = Path(folder), {}
 
     def _module(self, parts: list) -> Module | None:  # of ["methods", "stanet"]; None without a file
         name = ".".join(parts)
@@ -174,32 +192,72 @@ class Code:
         path, package = self.folder.joinpath(*parts), [self.folder.name, *parts]
         if path.is_dir(): path = path / "__init__.py"
         else: path, package = path.with_suffix(".py"), package[:-1]
-        return Module(name, path.read_text(encoding="utf-8"), package) if path.is_file() else None
+        if not path.is_file(): return None
+        return Module(name, path.read_text(encoding="utf-8"), package)
 
-    def find(self, dotted: str, seen: tuple = ()) -> tuple | None:  # -> its module, its name there
+    def _named(self, parts: list) -> tuple:  # of ["methods", "maml", "MAML"]: module, "MAML", rest
+        for n in range(len(parts) - 1, -1, -1):
+            module = self._module(parts[:n])
+            if module is not None: return module, parts[n], parts[n + 1:]
+        return None, None, []
+
+# %% ../nbs/16_fingerprints.ipynb #bdea15ea
+class _Names(_Package):  # finds the definition that a name refers to
+    def find(self, dotted: str, seen: tuple = ()) -> tuple | None:  # its module, its name there
         "Where `stanet.splits.make` is defined, be it through imports of others; None outside the package."
         first, *parts = dotted.split(".")
         if first != self.folder.name or dotted in seen: return None
-        depths = [n for n in range(len(parts) - 1, -1, -1) if self._module(parts[:n]) is not None]
-        if not depths: return None
-        module, name, rest = self._module(parts[:depths[0]]), parts[depths[0]], parts[depths[0] + 1:]
+        module, name, rest = self._named(parts)
+        if module is None: return None
         if name in module.own: return module, name
         if name not in module.imports: return None
-        return self.find(".".join([module.imports[name], *rest]), (*seen, dotted))
+        source = ".".join([module.imports[name], *rest])
+        return self.find(source, (*seen, dotted))
 
+    def _meant(self,
+        module: Module,  # in which the name is written
+        inside: dict,    # imports of the statement itself, which come first
+        chain: tuple,    # the parts of the name
+    ) -> tuple | None:  # module and name of the definition
+        name, *rest = chain
+        if name not in inside and name in module.own: return module, name
+        start = inside.get(name) or module.imports.get(name)
+        if not start: return None
+        return self.find(".".join([start, *rest]))
+
+# %% ../nbs/16_fingerprints.ipynb #7a2dd3c7
+NOT_HASHED = {  # module, or module.name -> why no result depends on it
+    "runtime": "states on disk, locks, signals, memory and the description of the machine",
+    "packs.atomic": "how files are written",
+    "packs.writing": "how files are written",
+    "packs.sweep": "how files are written",
+    "method.find_method": "finds a class by its name; the class is hashed",
+    "weights.from_pretrained": "reads a stored network and checks it; the run that made it is hashed",
+    "training.faster_format": "measures time; the format that it chooses is noted on the card",
+    "training.check_state": "stops a training or warns of it",
+    "experiment.scratch_folder": "where states are kept",
+    "experiment.all_stages": "what the card says of a training",
+}
+
+def _left_out(key: str) -> bool:  # a definition, as module.name
+    module = key.split(".")[0]
+    return key in NOT_HASHED or module in NOT_HASHED
+
+# %% ../nbs/16_fingerprints.ipynb #738f7bdc
+def _chains(node) -> set:  # every dotted name in a statement, as a tuple of its parts
+    found = set()
+    for n in ast.walk(node):
+        if isinstance(n, (ast.Name, ast.Attribute)): found.add(tuple(_dotted_name(n)))
+    return found - {()}
+
+class _Uses(_Names):  # finds what a statement refers to
     def uses(self, module: Module, node) -> list:  # [(module, name), ...]
         "The definitions of the package that a statement of `module` refers to."
         inside = _imports(node, module.package)
         looked_up = _global_names(node) | inside.keys()
-        chains = {tuple(_dotted_name(n)) for n in ast.walk(node) if isinstance(n, (ast.Name, ast.Attribute))}
-        found = [self._meant(module, inside, chain) for chain in chains if chain and chain[0] in looked_up]
+        chains = [chain for chain in _chains(node) if chain[0] in looked_up]
+        found = [self._meant(module, inside, chain) for chain in chains]
         return [f for f in found if f is not None]
-
-    def _meant(self, module: Module, inside: dict, chain: tuple):  # where it is defined
-        name, *rest = chain
-        if name not in inside and name in module.own: return module, name
-        start = inside.get(name) or module.imports.get(name)
-        return self.find(".".join([start, *rest])) if start else None
 
     def is_model(self, module: Module, node) -> bool:
         "Whether a statement is a class that descends from pydantic's `BaseModel`."
@@ -212,40 +270,56 @@ class Code:
             if any(self.is_model(where, n) for n in where.own[name]): return True
         return False
 
-    def _definition(self, module: Module, name: str) -> tuple:  # its canonical trees, what it uses
-        if (module, name) not in self.known: self.known[module, name] = self._read(module, name)
-        return self.known[module, name]
+# %% ../nbs/16_fingerprints.ipynb #3c9f1426
+def _hash(values) -> str:  # 64 hexadecimal digits
+    text = json.dumps(values, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
-    def _read(self, module: Module, name: str) -> tuple:
-        kept = [rules_alone(n) if self.is_model(module, n) else n for n in module.own[name]]
+class _Definitions(_Uses):  # reads each definition once
+    def __init__(self, folder):
+        super().__init__(folder)
+        self.known = {}  # (module, name) -> what `_read` found
+
+    def _read(self, module: Module, name: str) -> tuple:  # its canonical trees, what it uses
+        statements = module.own[name]
+        kept = [rules_alone(n) if self.is_model(module, n) else n for n in statements]
         nodes = [plain(n) for n in kept + module.always]
-        used = [use for n in nodes for use in self.uses(module, n)]
+        used = []
+        for n in nodes: used += self.uses(module, n)
         return [canonical_ast(n) for n in nodes], used
 
+    def _definition(self, module: Module, name: str) -> tuple:
+        key = (module, name)
+        if key not in self.known: self.known[key] = self._read(module, name)
+        return self.known[key]
+
+# %% ../nbs/16_fingerprints.ipynb #53ceb8b2
+class Code(_Definitions):
+    "The definitions of the package in `folder`, read as names lead to them."
     def reachable(self, roots) -> dict:  # "module.name" -> canonical trees
         """The definitions that `roots` use, and those that these use, and so on.
         An unknown root raises a `ValueError`."""
-        seen, queue = {}, [self._root(r) for r in roots]
+        found, queue = {}, [self._root(r) for r in roots]
         while queue:
             module, name = queue.pop()
             key = f"{module.name}.{name}"
-            if key in seen or _left_out(key): continue
-            seen[key], used = self._definition(module, name)
+            if key in found or _left_out(key): continue
+            found[key], used = self._definition(module, name)
             queue += used
-        return seen
+        return found
 
-    def _root(self, name: str) -> tuple:
+    def _root(self, name: str) -> tuple:  # its module, its name there
         found = self.find(f"{self.folder.name}.{name}")
         if found is not None: return found
         raise ValueError(f"there is no {name} in {self.folder.name}/, and results depend on it")
 
     def fingerprint(self, roots) -> str:
         "SHA-256 of the definitions that `roots` reach."
-        return hashlib.sha256(json.dumps(self.reachable(roots), sort_keys=True).encode()).hexdigest()
+        return _hash(self.reachable(roots))
 
 # %% ../nbs/16_fingerprints.ipynb #244c5b28
 def this_code() -> Code:
-    "The code of this package, as its files are now."
+    "The code of this package, as its files are at the moment."
     return Code(Path(stanet.__file__).parent)
 
 def fingerprint(roots) -> str:
@@ -254,13 +328,20 @@ def fingerprint(roots) -> str:
 
 def _parts_of(run: Run) -> list:  # the definitions that a run names
     kind = find_method(run.method)
-    return [f"methods.{run.method}.{kind.__name__}", f"embedding.{run.backbone}", *kind.uses(run.options)]
+    method, backbone = f"methods.{run.method}.{kind.__name__}", f"embedding.{run.backbone}"
+    return [method, backbone, *kind.uses(run.options)]
 
+# %% ../nbs/16_fingerprints.ipynb #c1181a1b
 def training_code(run: Run, of=fingerprint) -> str:
     "The fingerprint of the code that the training `run` executes; `of` makes one from roots."
-    return of(("experiment.fit", "parameters.Run", f"splits.{run.split}_split", *_parts_of(run)))
+    split = f"splits.{run.split}_split"
+    return of(("experiment.fit", "parameters.Run", split, *_parts_of(run)))
 
-def test_code(run: Run, test_set: TaskSet, of=fingerprint) -> str:
+def test_code(
+    run: Run,           # is tested
+    test_set: TaskSet,  # on these tasks
+    of=fingerprint,     # makes a fingerprint from roots
+) -> str:
     "The fingerprint of the code that tests `run` on `test_set`."
     counted = ("method.build", "evaluation.errors_of", "evaluation.accuracy")  # before and after the answers
     split = f"splits.{test_set.split}_split"
@@ -268,37 +349,58 @@ def test_code(run: Run, test_set: TaskSet, of=fingerprint) -> str:
 
 def tasks_code(test_set: TaskSet, of=fingerprint) -> str:
     "The fingerprint of the code that draws `test_set`."
-    return of(("episodes.draw_task_set", f"splits.{test_set.split}_split", "packs.select"))
+    split = f"splits.{test_set.split}_split"
+    return of(("episodes.draw_task_set", split, "packs.select"))
 
 # %% ../nbs/16_fingerprints.ipynb #f84a898b
 COLUMNS = ("new", "old", "rev", "run", "steps", "compared")
 HEX = re.compile(r"[0-9a-f]{64}")
 
+def _is_pair(row: dict) -> bool:  # its fields may be None where a line is too short
+    names = (row.get("new") or "", row.get("old") or "")
+    return all(HEX.fullmatch(name) for name in names)
+
 def read_equivalent(path=None) -> list:  # a dictionary a line
     "The lines of `equivalent.csv`; a line that isn't one of pairs raises a `ValueError`."
     path = Path(path or root() / "equivalent.csv")
     if not path.is_file(): return []
-    with open(path, newline="", encoding="utf-8") as f: rows = list(csv.DictReader(f))
+    with open(path, newline="", encoding="utf-8") as f:
+        rows = list(csv.DictReader(f))
     for n, row in enumerate(rows, 2):
-        if HEX.fullmatch(row.get("new") or "") and HEX.fullmatch(row.get("old") or ""): continue
-        raise ValueError(f"{path.name}, line {n}: the columns new and old need fingerprints of 64 digits")
+        if _is_pair(row): continue
+        problem = "the columns new and old need fingerprints of 64 digits"
+        raise ValueError(f"{path.name}, line {n}: {problem}")
     return rows
 
-def _reached_by_pairs(code: str, olds: dict, above: tuple = ()) -> set:
-    if code in above: raise ValueError(f"equivalent.csv: from {code[:12]} its pairs lead in a circle")
-    below = [_reached_by_pairs(old, olds, (*above, code)) for old in olds.get(code, ())]
-    return {code}.union(*below)
+# %% ../nbs/16_fingerprints.ipynb #fa7fd297
+def _reached_by_pairs(
+    code: str,         # a fingerprint
+    olds: dict,        # new -> old ones
+    above: tuple = (), # on the way here
+) -> set:
+    if code in above:
+        raise ValueError(f"equivalent.csv: from {code[:12]} its pairs lead in a circle")
+    found = {code}
+    for old in olds.get(code, ()): found |= _reached_by_pairs(old, olds, (*above, code))
+    return found
 
 def proved_equal(code: str, rows=None) -> set:
-    "`code`, and all fingerprints that the `rows` of `equivalent.csv` lead to from it."
+    """`code`, and all fingerprints that the `rows` of `equivalent.csv` lead to from it.
+    Rows that lead back to where they began raise a `ValueError`."""
+    if rows is None: rows = read_equivalent()
     olds = {}
-    for row in read_equivalent() if rows is None else rows: olds.setdefault(row["new"], set()).add(row["old"])
+    for row in rows: olds.setdefault(row["new"], set()).add(row["old"])
     return _reached_by_pairs(code, olds)
 
-def canonical(code: str, recorded: str = "", rows=None) -> str:
-    """The fingerprint under which `code` goes: the one that a result was `recorded` under, if pairs lead
-    to it; where that isn't known, the oldest if there is a single one; else its own."""
-    rows = read_equivalent() if rows is None else rows
+# %% ../nbs/16_fingerprints.ipynb #e96f6d02
+def canonical(
+    code: str,           # a fingerprint
+    recorded: str = "",  # the one that a result was recorded under; empty if that isn't known
+    rows=None,           # of `equivalent.csv`; None: those of the project
+) -> str:
+    """The fingerprint under which `code` goes: the recorded one, if pairs lead to it;
+    where none is recorded, the oldest if there is a single one; else its own."""
+    if rows is None: rows = read_equivalent()
     equal = proved_equal(code, rows)
     if recorded: return recorded if recorded in equal else code
     oldest = equal - {row["new"] for row in rows}
@@ -309,68 +411,115 @@ def recorded_code(key: str) -> str | None:
     "The fingerprint in the card of the run `key`: empty in a card that has none, None without a card."
     path = root() / "runs" / key / "card.json"
     if not path.is_file(): return None
-    return json.loads(path.read_text(encoding="utf-8")).get("code", {}).get("fingerprint", "")[:64]
+    card = json.loads(path.read_text(encoding="utf-8"))
+    code = card.get("code", {})
+    return code.get("fingerprint", "")[:64]
 
-def code_fingerprint(run: Run, of=fingerprint, rows=None) -> str:
+def code_fingerprint(
+    run: Run,
+    of=fingerprint,  # makes a fingerprint from roots
+    rows=None,       # of `equivalent.csv`; None: those of the project
+) -> str:
     "The fingerprint under which the code goes that trains `run`; its card notes it."
     code, recorded = training_code(run, of), recorded_code(run.key)
-    return code if recorded is None else canonical(code, recorded, rows)
+    if recorded is None: return code
+    return canonical(code, recorded, rows)
 
-def _hash(values) -> str: return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-def _values(run: Run, params: Params, of, rows) -> dict:  # what is hashed beside a run's code
+# %% ../nbs/16_fingerprints.ipynb #e926b6a2
+def _values(
+    run: Run,
+    params: Params,  # all runs
+    of,              # makes a fingerprint from roots
+    rows,            # of `equivalent.csv`
+) -> dict:
     fields = run_fields(run)
     if run.start: fields["start"] = run_fingerprint(run.start, params, of, rows)
     return fields
 
-def run_fingerprint(key: str, params: Params, of=fingerprint, rows=None) -> str:
+def run_fingerprint(
+    key: str,        # of a run
+    params: Params,  # in which it is
+    of=fingerprint,  # makes a fingerprint from roots
+    rows=None,       # of `equivalent.csv`; None: those of the project
+) -> str:
     "The fingerprint of what the training `key` executes, and of all its fields."
     run = params.runs[key]
-    return code_fingerprint(run, of, rows) + _hash(_values(run, params, of, rows))
+    values = _values(run, params, of, rows)
+    return code_fingerprint(run, of, rows) + _hash(values)
 
-def test_fingerprint(test: Test, params: Params, of=fingerprint, rows=None) -> str:
+# %% ../nbs/16_fingerprints.ipynb #6daa2b32
+def test_fingerprint(
+    test: Test,
+    params: Params,  # in which it is
+    of=fingerprint,  # makes a fingerprint from roots
+    rows=None,       # of `equivalent.csv`; None: those of the project
+) -> str:
     "The fingerprint of what `test` executes, of its run's fields, and of whether its answers are kept."
-    run = params.runs[test.run]
-    values = {"run": _values(run, params, of, rows), "inductive": test.inductive}
-    values["answers"] = params.keeps_answers(test.name)
-    code = test_code(run, params.task_sets[test.task_set], of)
+    run, task_set = params.runs[test.run], params.task_sets[test.task_set]
+    values = {
+        "run": _values(run, params, of, rows),
+        "inductive": test.inductive,
+        "answers": params.keeps_answers(test.name),
+    }
+    code = test_code(run, task_set, of)
     return canonical(code, rows=rows) + _hash(values)
 
-# %% ../nbs/16_fingerprints.ipynb #0140147b
-def _as_yaml(content: dict) -> str:  # two levels, one entry a line
-    lines = []
-    for section, entries in content.items():
-        if entries and isinstance(entries, dict):
-            lines += [f"{section}:", *(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in entries.items())]
-        else: lines.append(f"{section}: {json.dumps(entries)}")
-    return "\n".join(["# Made by `stanet fingerprints`; changes here are lost.", *lines, ""])
-
+# %% ../nbs/16_fingerprints.ipynb #0c69d35d
 def all_fingerprints(params: Params, of=None) -> dict:
     "What `fingerprints.yaml` holds: a fingerprint for glyphs, each task set, each run, each test."
-    of, rows = of or functools.cache(this_code().fingerprint), read_equivalent()
+    if of is None: of = functools.cache(this_code().fingerprint)
+    rows, tasks = read_equivalent(), {}
+    for name, t in params.task_sets.items():
+        tasks[name] = canonical(tasks_code(t, of), rows=rows) + _hash(t.model_dump())
     return {
         "glyphs": of(("glyphs.glyphs",)),
-        "tasks": {name: tasks_code(t, of) + _hash(t.model_dump()) for name, t in params.task_sets.items()},
+        "tasks": tasks,
         "runs": {key: run_fingerprint(key, params, of, rows) for key in params.runs},
         "tests": {name: test_fingerprint(t, params, of, rows) for name, t in params.tests.items()},
     }
 
-def _cells(params: Params) -> dict:  # NAME-in-REPORT -> what its stage needs
-    places = [(report, t) for report, r in params.reports.items() for t in r.cells]
-    def cell(report, t): return {"report": report, "name": t.name, "folder": t.folder}
-    return {f"{t.name}-in-{report}": cell(report, t) for report, t in places}
+# %% ../nbs/16_fingerprints.ipynb #0140147b
+def _as_yaml(content: dict) -> str:  # two levels, one entry a line
+    lines = ["# Made by `stanet fingerprints`; changes here are lost."]
+    for section, entries in content.items():
+        if not entries or not isinstance(entries, dict):
+            lines.append(f"{section}: {json.dumps(entries)}")
+            continue
+        lines.append(f"{section}:")
+        for name, value in entries.items():
+            lines.append(f"  {json.dumps(name)}: {json.dumps(value)}")
+    return "\n".join([*lines, ""])
 
+# %% ../nbs/16_fingerprints.ipynb #e297a60b
+def _test_stage(t: Test, params: Params) -> dict:
+    "What the stage of a test needs."
+    return {
+        "run": t.run,
+        "set": t.task_set,
+        "pack": params.task_sets[t.task_set].pack,
+        "folder": t.folder,
+        "arguments": f"{t.run} {t.task_set}" + " --inductive" * t.inductive,
+    }
+
+def _cells(params: Params) -> dict:  # NAME-in-REPORT -> what its stage needs
+    found = {}
+    for report, r in params.reports.items():
+        for t in r.cells:
+            found[f"{t.name}-in-{report}"] = {"report": report, "name": t.name, "folder": t.folder}
+    return found
+
+# %% ../nbs/16_fingerprints.ipynb #5c146c06
 def pipeline(params: Params) -> dict:
     "What `pipeline.yaml` holds: the stages, and what DVC must know of each."
-    runs, sets = params.runs, params.task_sets
-    def test_stage(t):
-        names = {"run": t.run, "set": t.task_set, "pack": sets[t.task_set].pack, "folder": t.folder}
-        return names | {"arguments": f"{t.run} {t.task_set}" + " --inductive" * t.inductive}
+    trainings, further = {}, {}
+    for key, run in params.runs.items():
+        if run.start: further[key] = {"pack": run.pack, "start": run.start}
+        else: trainings[key] = {"pack": run.pack}
     return {
-        "trainings": {k: {"pack": r.pack} for k, r in runs.items() if not r.start},
-        "further": {k: {"pack": r.pack, "start": r.start} for k, r in runs.items() if r.start},
-        "sets": {name: {"pack": t.pack} for name, t in sets.items()},
-        "tests": {name: test_stage(t) for name, t in params.tests.items()},
+        "trainings": trainings,
+        "further": further,
+        "sets": {name: {"pack": t.pack} for name, t in params.task_sets.items()},
+        "tests": {name: _test_stage(t, params) for name, t in params.tests.items()},
         "cells": _cells(params),
         "tables": {name: name for name in params.reports},
     }
@@ -378,16 +527,21 @@ def pipeline(params: Params) -> dict:
 # %% ../nbs/16_fingerprints.ipynb #86658f74
 def _write(path: Path, text: str) -> bool:  # whether it has changed
     if path.is_file() and path.read_text(encoding="utf-8") == text: return False
-    with atomic(path) as temporary: temporary.write_text(text, encoding="utf-8")
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
     return True
+
+def _remove_old_files(folder: Path, stages: dict):
+    expected = {(cell["report"], cell["name"]) for cell in stages["cells"].values()}
+    for path in folder.glob("results/cells/*/*.json"):
+        report, name = path.parent.name, path.stem
+        if (report, name) not in expected: path.unlink()
+    shutil.rmtree(folder / "fingerprints", ignore_errors=True)  # of versions before fingerprints.yaml
 
 def write_generated(params: Params, folder=None) -> bool:
     """Write `fingerprints.yaml` and `pipeline.yaml` into `folder`, and remove files of cells that are gone.
     Returns whether the stages have changed, so that DVC must read them again."""
     folder, stages = Path(folder or root()), pipeline(params)
     _write(folder / "fingerprints.yaml", _as_yaml(all_fingerprints(params)))
-    expected = {(c["report"], c["name"]) for c in stages["cells"].values()}
-    for path in folder.glob("results/cells/*/*.json"):
-        if (path.parent.name, path.stem) not in expected: path.unlink()
-    shutil.rmtree(folder / "fingerprints", ignore_errors=True)  # where they were kept before
+    _remove_old_files(folder, stages)
     return _write(folder / "pipeline.yaml", _as_yaml(stages))

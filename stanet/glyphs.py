@@ -17,88 +17,196 @@ from .packs import Pack
 # %% ../nbs/03_glyphs.ipynb #9c46c2ac
 GLYPH_PIXELS = 64  # the font size at which every character is drawn once
 
-def _faces():
+def _code_points(file) -> set:  # numbers of the characters that a face can draw
+    return set(TTFont(file, lazy=True).getBestCmap())
+
+def _font(file):
+    layout = ImageFont.Layout.BASIC
+    return ImageFont.truetype(str(file), GLYPH_PIXELS, layout_engine=layout)
+
+def _faces():  # -> fonts, characters
     "The twelve faces, and the characters that all of them have."
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-    files = sorted(f for f in folder.glob("DejaVu*.ttf") if "Display" not in f.name)
-    shared = set.intersection(*(set(TTFont(f, lazy=True).getBestCmap()) for f in files))
-    return [ImageFont.truetype(str(f), GLYPH_PIXELS, layout_engine=ImageFont.Layout.BASIC) for f in files], [chr(c) for c in sorted(shared)]
+    files = [f for f in folder.glob("DejaVu*.ttf") if "Display" not in f.name]
+    files.sort()
+    shared = set.intersection(*map(_code_points, files))
+    return [_font(f) for f in files], [chr(c) for c in sorted(shared)]
 
 # %% ../nbs/03_glyphs.ipynb #ede2ea97
 GLYPH_SCRIPTS = ("Latin", "Greek", "Cyrillic", "Armenian", "Georgian", "Arrow", "Symbol", "Shape")
 
+def _left_out(c) -> bool:
+    composed = unicodedata.normalize("NFKD", c) != c
+    box_drawing = 0x2500 <= ord(c) < 0x25A0
+    replacement = ord(c) > 0xFF00
+    return composed or box_drawing or replacement
+
+def _alphabet(name):  # "Latin" of "LATIN SMALL LETTER A", None for an alphabet that is not listed
+    for script in GLYPH_SCRIPTS[:5]:
+        if name.startswith(script.upper()): return script
+
 def _script(c):
     "The script of the character `c`, or None for a character that is left out."
+    if _left_out(c): return None
     name, kind = unicodedata.name(c, "?"), unicodedata.category(c)
-    if unicodedata.normalize("NFKD", c) != c or 0x2500 <= ord(c) < 0x25A0 or ord(c) > 0xFF00: return None
-    if kind in ("Lu", "Ll", "Lo"): return next((s for s in GLYPH_SCRIPTS[:5] if name.startswith(s.upper())), None)
+    if kind in ("Lu", "Ll", "Lo"): return _alphabet(name)
     if kind not in ("Sc", "Sm", "So"): return None
     if "ARROW" in name or "HARPOON" in name: return "Arrow"
-    return "Shape" if 0x25A0 <= ord(c) < 0x2600 or 0x2B00 <= ord(c) < 0x2C00 else "Symbol"
+    shape = 0x25A0 <= ord(c) < 0x2600 or 0x2B00 <= ord(c) < 0x2C00
+    return "Shape" if shape else "Symbol"
+
+# %% ../nbs/03_glyphs.ipynb #bca85a5f
+def _in_order(characters) -> list:
+    "The characters that qualify, script after script."
+    found = []
+    for c in characters:
+        script = _script(c)
+        if script: found.append((GLYPH_SCRIPTS.index(script), c))
+    return [c for _, c in sorted(found)]
 
 # %% ../nbs/03_glyphs.ipynb #f4d2ea05
 def _draw(c, face):
     "The character as a mask, cropped to what is drawn."
-    canvas = Image.new("L", (4 * GLYPH_PIXELS, 4 * GLYPH_PIXELS))
-    ImageDraw.Draw(canvas).text((2 * GLYPH_PIXELS, 2 * GLYPH_PIXELS), c, 255, font=face, anchor="mm")
+    side, middle = 4 * GLYPH_PIXELS, 2 * GLYPH_PIXELS
+    canvas = Image.new("L", (side, side))
+    ImageDraw.Draw(canvas).text((middle, middle), c, 255, font=face, anchor="mm")
     return canvas.crop(canvas.getbbox())
 
-def _signature(mask, side=16):
-    "A mask brought to `side` pixels, blurred and normalised: the dot product of two signatures is their likeness."
-    width, height = (max(1, round(v * (side - 2) / max(mask.size))) for v in mask.size)
-    small = Image.new("L", (side, side))
-    small.paste(mask.resize((width, height), Image.Resampling.BOX), ((side - width) // 2, (side - height) // 2))
-    flat = np.asarray(small.filter(ImageFilter.GaussianBlur(0.8)), np.float32).ravel()
-    return (flat - flat.mean()) / max(np.linalg.norm(flat - flat.mean()), 1e-6)
+def _shrunk(mask, side):
+    "A mask brought to the middle of a square of `side` pixels, with a margin of one pixel."
+    room, longer = side - 2, max(mask.size)
+    width, height = (max(1, round(v * room / longer)) for v in mask.size)
+    small = mask.resize((width, height), Image.Resampling.BOX)
+    square = Image.new("L", (side, side))
+    square.paste(small, ((side - width) // 2, (side - height) // 2))
+    return square
+
+def _signature(mask, side=16):  # float32 (side * side,)
+    "A mask shrunk, blurred and normalised: the dot product of two signatures is their likeness."
+    blurred = _shrunk(mask, side).filter(ImageFilter.GaussianBlur(0.8))
+    flat = np.asarray(blurred, np.float32).ravel()
+    centred = flat - flat.mean()
+    return centred / max(np.linalg.norm(centred), 1e-6)
 
 # %% ../nbs/03_glyphs.ipynb #2f4bd1d9
+def _thin(mask) -> bool:
+    shorter, longer = sorted(mask.size)
+    return shorter / longer < 0.3
+
+def _joined_signature(masks):  # float32 (12 * 256,)
+    "The signatures in all faces as one vector of length 1."
+    return np.concatenate([_signature(m) for m in masks]) / math.sqrt(12)
+
 @functools.lru_cache(1)
 def glyph_characters(alike: float = 0.85) -> dict:  # class name -> its masks, one for each face
-    "The characters that are classes of the embedded data set, near-twins left out, in the order of their names."
+    "The characters that are classes of the data set, near-twins left out, in the order of their names."
     faces, shared = _faces()
     chosen, signatures = {}, np.empty((0, 12 * 256), np.float32)
-    for c in sorted(filter(_script, shared), key=lambda c: (GLYPH_SCRIPTS.index(_script(c)), c)):
+    for c in _in_order(shared):
         masks = [_draw(c, f) for f in faces]
-        if min(min(m.size) / max(m.size) for m in masks) < 0.3: continue
-        signature = np.concatenate([_signature(m) for m in masks]) / math.sqrt(12)
+        if any(map(_thin, masks)): continue
+        signature = _joined_signature(masks)
         if len(signatures) and (signatures @ signature).max() > alike: continue
         signatures = np.vstack([signatures, signature])
         chosen[f"{_script(c)}/{unicodedata.name(c)}"] = masks
     return dict(sorted(chosen.items()))
 
 # %% ../nbs/03_glyphs.ipynb #cb81ccf1
-def _warp(mask, side, angle, shear=0.0):
-    "The mask sheared, turned by `angle` degrees, scaled to fit a square of `side` pixels, and cropped to what is drawn."
-    cos, sin, (width, height) = math.cos(math.radians(angle)), math.sin(math.radians(angle)), mask.size
-    a, b, c, d = cos, shear * cos - sin, sin, shear * sin + cos  # the map, of determinant 1
-    k = max(abs(a) * width + abs(b) * height, abs(c) * width + abs(d) * height) / side
-    back = k * d, -k * b, (width - k * (d - b) * side) / 2, -k * c, k * a, (height - k * (a - c) * side) / 2  # PIL asks where each pixel comes from
-    warped = mask.transform((math.ceil(side),) * 2, Image.Transform.AFFINE, back, Image.Resampling.BILINEAR)
+def _shear_and_turn(angle, shear):  # degrees, factor -> a, b, c, d
+    radians = math.radians(angle)
+    cos, sin = math.cos(radians), math.sin(radians)
+    return cos, shear * cos - sin, sin, shear * sin + cos
+
+def _inverse(size, side, angle, shear):
+    "Where each pixel of a square of `side` pixels comes from in a mask of this size: PIL's six numbers."
+    a, b, c, d = _shear_and_turn(angle, shear)
+    width, height = size
+    across = abs(a) * width + abs(b) * height
+    down = abs(c) * width + abs(d) * height
+    k = max(across, down) / side
+    x0 = (width - k * (d - b) * side) / 2  # the middle comes from the middle
+    y0 = (height - k * (a - c) * side) / 2
+    return k * d, -k * b, x0, -k * c, k * a, y0
+
+def _warp(
+    mask,
+    side,       # pixels of the result's longer side
+    angle,      # in degrees
+    shear=0.0,
+):
+    "The mask sheared, turned and scaled, and cropped to what is drawn."
+    square = (math.ceil(side), math.ceil(side))
+    inverse = _inverse(mask.size, side, angle, shear)
+    warped = mask.transform(square, Image.Transform.AFFINE, inverse, Image.Resampling.BILINEAR)
     return warped.crop(warped.getbbox())
 
 # %% ../nbs/03_glyphs.ipynb #81827da9
-def _colour(rng, light): return tuple(rng.randrange(106) + 150 * light for _ in range(3))
+def _colour(rng, light):  # red, green and blue in 150..255 if light, else in 0..105
+    lowest = 150 if light else 0
+    return tuple(lowest + rng.randrange(106) for _ in range(3))
 
 def _fragment(masks, side, rng):
     "A turned piece of a character that would be `side` pixels large: never the whole of it."
-    mask, part = rng.choice(masks), rng.uniform(0.35, 0.55)
-    width, height = (max(2, round(part * v)) for v in mask.size)
-    x, y = rng.randint(0, mask.width - width), rng.randint(0, mask.height - height)
-    return _warp(mask.crop((x, y, x + width, y + height)), part * side, rng.uniform(0, 360))
+    mask = rng.choice(masks)
+    share = rng.uniform(0.35, 0.55)
+    width, height = (max(2, round(share * v)) for v in mask.size)
+    x = rng.randint(0, mask.width - width)
+    y = rng.randint(0, mask.height - height)
+    piece = mask.crop((x, y, x + width, y + height))
+    angle = rng.uniform(0, 360)
+    return _warp(piece, share * side, angle)
+
+# %% ../nbs/03_glyphs.ipynb #9e58f2bf
+def _add_fragment(canvas, others, extent, light, rng):
+    "Paste a fragment of another character anywhere on the canvas."
+    masks = rng.choice(others)
+    piece = _fragment(masks, canvas.width * rng.uniform(*extent), rng)
+    colour = _colour(rng, light)
+    x = rng.randint(0, canvas.width) - piece.width // 2
+    y = rng.randint(0, canvas.height) - piece.height // 2
+    canvas.paste(colour, (x, y), piece)
+
+def _placed(masks, side, extent, rng):
+    "A mask of `side` pixels with the whole character somewhere on it, a little turned and sheared."
+    mask = rng.choice(masks)
+    longer = side * rng.uniform(*extent)
+    angle = rng.uniform(-15, 15)
+    shear = rng.uniform(-0.15, 0.15)
+    ink = _warp(mask, longer, angle, shear)
+    x = rng.randint(0, side - ink.width)
+    y = rng.randint(0, side - ink.height)
+    whole = Image.new("L", (side, side))
+    whole.paste(ink, (x, y))
+    return whole
 
 # %% ../nbs/03_glyphs.ipynb #b2d92109
-def _scene(masks, others, size, extent, clutter, rng):
-    "One image (size, size, 3) of the character with these masks over fragments of others, and the box of the character."
-    canvas, light, n = Image.new("RGB", (2 * size, 2 * size)), rng.random() < 0.5, 2 * size
-    canvas.paste(_colour(rng, not light), (0, 0, n, n))
-    for _ in range(clutter):
-        piece = _fragment(rng.choice(others), n * rng.uniform(*extent), rng)
-        canvas.paste(_colour(rng, light), (rng.randint(0, n) - piece.width // 2, rng.randint(0, n) - piece.height // 2), piece)
-    ink = _warp(rng.choice(masks), n * rng.uniform(*extent), rng.uniform(-15, 15), rng.uniform(-0.15, 0.15))
-    whole = Image.new("L", (n, n))
-    whole.paste(ink, (rng.randint(0, n - ink.width), rng.randint(0, n - ink.height)))
-    canvas.paste(_colour(rng, light), (0, 0, n, n), whole)
-    return np.asarray(canvas.reduce(2)), whole.reduce(2).point(lambda v: 255 * (v > 48)).getbbox()
+def _scene(
+    masks,    # of the character, in all faces
+    others,   # a list of masks of each other character
+    size,     # pixels a side
+    extent,   # range of the longer side, as a share of the image
+    clutter,  # number of fragments
+    rng,
+):            # uint8 (size, size, 3); x0, y0, x1, y1
+    "One image of a character over fragments of others, and the box of the character."
+    side = 2 * size
+    canvas = Image.new("RGB", (side, side))
+    light = rng.random() < 0.5  # ink on background
+    canvas.paste(_colour(rng, not light), (0, 0, side, side))
+    for _ in range(clutter): _add_fragment(canvas, others, extent, light, rng)
+    whole = _placed(masks, side, extent, rng)
+    canvas.paste(_colour(rng, light), (0, 0, side, side), whole)
+    visible = whole.reduce(2).point(lambda v: 255 * (v > 48))
+    return np.asarray(canvas.reduce(2)), visible.getbbox()
+
+# %% ../nbs/03_glyphs.ipynb #1f0add38
+def _class_names(pool, classes) -> list:
+    "The first `classes` names of every script, or all with None."
+    names = []
+    for script in sorted(GLYPH_SCRIPTS):
+        own = [name for name in pool if name.startswith(f"{script}/")]
+        names += own[:classes]
+    return names
 
 # %% ../nbs/03_glyphs.ipynb #c0b2f4f8
 def glyphs(size: int = 40,  # pixels a side
@@ -107,14 +215,22 @@ def glyphs(size: int = 40,  # pixels a side
            seed: int = 0,
            extent: tuple = (0.38, 0.54),  # the character's longer side as a share of the image
            clutter: int = 8,  # fragments of other characters in each image
-           ) -> Pack:
-    "The embedded data set: characters of eight scripts, off-centre, over fragments of other characters, with their boxes."
+           ) -> Pack:  # uint8 images (n, size, size, 3), with a box each
+    "The built-in data set: characters of eight scripts, off-centre, over fragments of other characters."
     pool = glyph_characters()
-    names = [n for s in sorted(GLYPH_SCRIPTS) for n in [m for m in pool if m.startswith(f"{s}/")][:classes]]
+    names = _class_names(pool, classes)
     scenes = []
     for name in names:
         others = [masks for other, masks in pool.items() if other != name]
-        scenes += [_scene(pool[name], others, size, extent, clutter, random.Random(f"{seed}/{name}/{i}")) for i in range(per_class)]
+        for i in range(per_class):
+            rng = random.Random(f"{seed}/{name}/{i}")
+            scenes.append(_scene(pool[name], others, size, extent, clutter, rng))
     images, boxes = zip(*scenes)
-    return Pack(torch.from_numpy(np.stack(images)), torch.arange(len(names)).repeat_interleave(per_class), names,
-                [n.split("/")[0] for n in names], torch.tensor(boxes, dtype=torch.int16), "glyphs")
+    return Pack(
+        images=torch.from_numpy(np.stack(images)),
+        labels=torch.arange(len(names)).repeat_interleave(per_class),
+        classes=names,
+        parents=[name.split("/")[0] for name in names],
+        boxes=torch.tensor(boxes, dtype=torch.int16),
+        name="glyphs",
+    )

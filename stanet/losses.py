@@ -20,6 +20,10 @@ def semantic_loss(logits, targets):  # (n, n_semantic), (n,) or any shape of n -
     return F.cross_entropy(logits, targets.flatten().long())
 
 # %% ../nbs/08_losses.ipynb #33a1c9fc
-def full_loss(task, semantic=None, weight: float = 0.5):
+def full_loss(
+    task,                 # the task loss, a scalar
+    semantic=None,        # the semantic loss, a scalar, or None without a semantic branch
+    weight: float = 0.5,  # lambda
+):                        # a scalar
     "Task loss plus `weight` times the semantic loss, if there is one (eq. 13)."
     return task if semantic is None else task + weight * semantic

@@ -13,28 +13,42 @@ from .episodes import Tasks, load_images
 from .packs import Pack
 
 # %% ../nbs/14_maps.ipynb #627f3992
+def _without_task_axis(layer):
+    parts = [part[0] for part in layer]
+    return type(layer)(*parts)
+
 @torch.no_grad()
-def look(net, pack: Pack, tasks: Tasks, row: int = 0):  # -> probabilities (Q, way), Maps of each layer
-    "Probabilities and attention maps, without their task axis, of the task `row`."
-    t = tasks.part(slice(row, row + 1))
-    maps = net.embed(load_images(pack.images, torch.cat([t.support, t.query], 1).long()))[None]
+def look(
+    net,           # a network with `attend`
+    pack: Pack,    # the images that `tasks` points into
+    tasks: Tasks,
+    row: int = 0,  # the task
+):                 # probabilities (Q, way), and the `Maps` of each layer without their task axis
+    "The probabilities of the queries of one task, and what each layer attended to."
+    t = tasks.subset(slice(row, row + 1))
+    shown = torch.cat([t.support, t.query], 1).long()
+    maps = net.embed(load_images(pack.images, shown))[None]
     S = t.support.shape[1]
     logits, layers = net.attend(maps[:, :S], t.support_labels, maps[:, S:])
-    return logits[0].softmax(-1), [type(m)(*(a[0] for a in m)) for m in layers]
+    return logits[0].softmax(-1), [_without_task_axis(layer) for layer in layers]
 
 # %% ../nbs/14_maps.ipynb #237f38ec
 def masked(image: torch.Tensor, a: torch.Tensor) -> np.ndarray:  # uint8 (h, w, c), (L,) -> float (h, w, 3)
     "The image, dimmed where the attention map `a` is small."
     side = round(len(a) ** 0.5)
-    small = a.view(1, 1, side, side)
-    weight = F.interpolate(small, size=image.shape[:2], mode="bilinear", align_corners=False)[0, 0]
+    sites = a.view(1, 1, side, side)
+    enlarged = F.interpolate(sites, size=image.shape[:2], mode="bilinear", align_corners=False)
+    weight = enlarged[0, 0]
+    brightness = 0.12 + 0.88 * weight / weight.max()
     colour = image.float().expand(-1, -1, 3) / 255
-    return (colour * (0.12 + 0.88 * weight / weight.max())[..., None]).clamp(0, 1).cpu().numpy()
+    dimmed = colour * brightness[..., None]
+    return dimmed.clamp(0, 1).cpu().numpy()
 
 # %% ../nbs/14_maps.ipynb #4b09d9b8
 def short_name(pack: Pack, i) -> str:
     "The name of the class of image `i`, as a picture has room for it."
-    return pack.classes[pack.labels[i]].split("/")[-1].replace("_", " ")[:14]
+    name = pack.classes[pack.labels[i]].split("/")[-1]
+    return name.replace("_", " ")[:14]
 
 def draw_image(axis, picture, title: str):
     "A picture without ticks, under its title."
@@ -42,6 +56,26 @@ def draw_image(axis, picture, title: str):
     axis.set(xticks=[], yticks=[])
     axis.set_title(title, fontsize=7)
 
+# %% ../nbs/14_maps.ipynb #2d4f2b72
+def _draw_images(axes, images, titles, framed):  # `framed`: which of the images have a green frame
+    for axis, image, title, frame in zip(axes, images, titles, framed):
+        draw_image(axis, image.expand(-1, -1, 3), title)
+        if frame: axis.spines[:].set(color="#009e73", linewidth=3)
+    axes[0].set_ylabel("image", fontsize=8)
+
+def _draw_layer(axes, images, maps, query):  # `maps` of one layer; the query is the last image
+    attention = [*maps.a_tr[query], maps.a_ts[query]]
+    titles = [f"$a_t$ = {weight:.2f}" for weight in maps.a_t[query]]
+    titles.append("")
+    for axis, image, a, title in zip(axes, images, attention, titles):
+        picture = masked(image, a)
+        draw_image(axis, picture, title)
+
+def _titles(pack, support, probabilities) -> list:  # class and probability of each support image
+    names = [short_name(pack, i) for i in support]
+    return [f"{name}\nP = {p:.2f}" for name, p in zip(names, probabilities)]
+
+# %% ../nbs/14_maps.ipynb #64ebc033
 def show_task(
     net,               # a network with `attend`
     pack: Pack,        # the images that `tasks` points into
@@ -50,60 +84,92 @@ def show_task(
     query: int = 0,    # its query
     size: float = 1.1, # of an image, in inches
     figure=None,       # draws into this one, or into a new one
-):
-    "Draw the attention of all layers on the support images and on one query of a task; returns the figure."
+):                     # the matplotlib figure
+    "Draw the attention of all layers on the support images and on one query of a task."
     import matplotlib.pyplot as plt  # here, as commands that draw nothing need not wait for it
     probabilities, layers = look(net, pack, tasks, row)
-    support, labels = tasks.support[row].long(), tasks.support_labels[row].tolist()
-    images = [pack.images[i] for i in [*support, tasks.query[row, query].long()]]
+    support = tasks.support[row].long()
+    labels = tasks.support_labels[row].long()
+    shown = [*support, tasks.query[row, query].long()]
+    images = [pack.images[i] for i in shown]
     high, across = len(layers) + 1, len(images)
-    figure = figure or plt.figure(figsize=(across * size, high * size * 1.25), layout="constrained")
+    inches = (across * size, high * size * 1.25)
+    figure = figure or plt.figure(figsize=inches, layout="constrained")
     axes = figure.subplots(high, across, squeeze=False)
-    for j, i in enumerate(support):
-        title = f"{short_name(pack, i)}\nP = {probabilities[query, labels[j]]:.2f}"
-        draw_image(axes[0, j], images[j].expand(-1, -1, 3), title)
-        for m, maps in enumerate(layers, 1):
-            weight = f"$a_t$ = {maps.a_t[query, j]:.2f}"
-            draw_image(axes[m, j], masked(images[j], maps.a_tr[query, j]), weight)
-        if labels[j] == int(tasks.query_labels[row, query]):
-            axes[0, j].spines[:].set(color="#009e73", linewidth=3)
-    draw_image(axes[0, -1], images[-1].expand(-1, -1, 3), "query")
-    for m, maps in enumerate(layers, 1): draw_image(axes[m, -1], masked(images[-1], maps.a_ts[query]), "")
-    for m, axis in enumerate(axes[:, 0]): axis.set_ylabel(f"layer {m}" if m else "image", fontsize=8)
+    titles = _titles(pack, support, probabilities[query, labels])
+    true_class = labels == tasks.query_labels[row, query]
+    _draw_images(axes[0], images, [*titles, "query"], [*true_class, False])
+    for m, maps in enumerate(layers, 1):
+        _draw_layer(axes[m], images, maps, query)
+        axes[m, 0].set_ylabel(f"layer {m}", fontsize=8)
     return figure
 
 # %% ../nbs/14_maps.ipynb #a6023070
-def box_cover(boxes: torch.Tensor, size: int, side: int):  # (n, 4) pixels -> two of (n, side * side)
+def _overlap(
+    lo: torch.Tensor,    # (n,) pixels
+    hi: torch.Tensor,    # (n,) pixels, excluded
+    edge: torch.Tensor,  # (side + 1,) the borders of the sites, in pixels
+):                       # share of each site (n, side); whether its middle is inside (n, side)
+    "How much of each site the ranges [lo, hi) cover, along one axis."
+    lo, hi = lo[:, None], hi[:, None]
+    size, side = edge[-1], len(edge) - 1
+    begin = torch.maximum(edge[:-1], lo)
+    end = torch.minimum(edge[1:], hi)
+    share = (end - begin).clamp(min=0) * side / size
+    middle = (edge[1:] + edge[:-1]) / 2
+    return share, (middle >= lo) & (middle < hi)
+
+def box_cover(
+    boxes: torch.Tensor,  # (n, 4): x0, y0, x1, y1 in pixels, ends excluded
+    size: int,            # pixels a side of an image
+    side: int,            # sites a side of a map
+):                        # two of (n, side * side)
     "For each site of a map, the share of its square inside the box, and whether its centre is."
     edge = torch.arange(side + 1) * size / side
-    def span(lo, hi):  # overlap of [lo, hi) with each interval, and whether its middle lies within
-        begin, end = torch.maximum(edge[:-1], lo[:, None]), torch.minimum(edge[1:], hi[:, None])
-        overlap = (end - begin).clamp(min=0) * side / size
-        middle = (edge[1:] + edge[:-1]) / 2
-        return overlap, (middle >= lo[:, None]) & (middle < hi[:, None])
     x0, y0, x1, y1 = boxes.float().unbind(1)
-    (cx, mx), (cy, my) = span(x0, x1), span(y0, y1)
-    return (cy[:, :, None] * cx[:, None]).flatten(1), (my[:, :, None] & mx[:, None]).flatten(1)
+    across, inside_across = _overlap(x0, x1, edge)
+    down, inside_down = _overlap(y0, y1, edge)
+    cover = down[:, :, None] * across[:, None]
+    centre = inside_down[:, :, None] & inside_across[:, None]
+    return cover.flatten(1), centre.flatten(1)
+
+# %% ../nbs/14_maps.ipynb #d18ac773
+def _query_maps(net, maps, tasks):  # -> (queries, L) of each layer
+    "The attention on each query image, for all queries of these tasks."
+    support = maps[tasks.support.long()]
+    query = maps[tasks.query.long()]
+    _, layers = net.attend(support, tasks.support_labels, query)
+    return [layer.a_ts.flatten(0, 1).cpu() for layer in layers]
 
 # %% ../nbs/14_maps.ipynb #7c39a540
+def _of_chance(cover, centre, query) -> dict:
+    return {
+        "random_site_in_box": float(100 * centre[query].float().mean()),
+        "uniform_mass_in_box": float(100 * cover[query].mean()),
+    }
+
 @torch.no_grad()
-def box_scores(net, pack: Pack, maps: torch.Tensor, tasks: Tasks, batch: int = 100) -> dict:
+def box_scores(
+    net,                 # a network with `attend`
+    pack: Pack,          # with boxes
+    maps: torch.Tensor,  # (n, n_ch, h_f, w_f) of all its images, from `embed_images`
+    tasks: Tasks,
+    batch: int = 100,    # tasks at once
+) -> dict:               # lists with a number for each layer, and numbers
     "Peak and mass in box of the queries' maps, in percent by layer, and those of chance."
     size, side = pack.images.shape[1], maps.shape[-1]
     cover, centre = box_cover(pack.boxes, size, side)
-    peak, mass = torch.zeros(len(net.layers)), torch.zeros(len(net.layers))
+    peak, mass = torch.zeros(2, len(net.layers))
     for rows in torch.arange(len(tasks.support)).split(batch):
-        t = tasks.subset(rows).to(maps.device)
-        query = t.query.long()
-        _, layers = net.attend(maps[t.support.long()], t.support_labels, maps[query])
-        for m, layer in enumerate(layers):
-            a, q = layer.a_ts.flatten(0, 1).cpu(), query.flatten().cpu()
-            peak[m] += centre[q].gather(1, a.argmax(-1, keepdim=True)).float().sum()
-            mass[m] += (cover[q] * a).sum()
+        t = tasks.subset(rows)
+        query = t.query.long().flatten().cpu()
+        for m, a in enumerate(_query_maps(net, maps, t.to(maps.device))):
+            highest = a.argmax(-1, keepdim=True)
+            peak[m] += centre[query].gather(1, highest).float().sum()
+            mass[m] += (cover[query] * a).sum()
     seen = tasks.query.flatten().long().cpu()
-    return {
+    found = {
         "peak_in_box": (100 * peak / len(seen)).tolist(),
-        "random_site_in_box": float(100 * centre[seen].float().mean()),
         "mass_in_box": (100 * mass / len(seen)).tolist(),
-        "uniform_mass_in_box": float(100 * cover[seen].mean()),
     }
+    return found | _of_chance(cover, centre, seen)

@@ -24,15 +24,18 @@ from .splits import Split, make_split
 from .training import Count, Recipe
 from .weights import build_on_meta, start_from
 
-# %% ../nbs/15_parameters.ipynb #08adf45d
+# %% ../nbs/15_parameters.ipynb #e0282859
 _Key = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
 _Way = Annotated[int, Field(ge=2)]
 _Pools = Annotated[int, Field(gt=0, le=4)]
 _Dropout = Annotated[float, Field(ge=0, lt=1)]
 _Whole = Annotated[int, Field(ge=0)]
+_Percent = Annotated[float, Field(ge=0, le=100)]
+_STRICT = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
+# %% ../nbs/15_parameters.ipynb #08adf45d
 class Run(Recipe):
-    "One training: the fields of a recipe and these. Those of its method come in with `run_model`."
+    "One training: the fields of a recipe and these. `run_model` adds the options of its method."
     key: _Key = Field(description="name of the run and of its folder under runs/")
     recipe: str | dict[str, str] = Field("", description="its recipe; or one for each stage, stage: name")
     method: str = Field("stanet", description="the method, by the name of its notebook in nbs/methods")
@@ -64,43 +67,65 @@ class Run(Recipe):
         last = Recipe(**{k: getattr(self, k) for k in Recipe.model_fields})
         return self.earlier | {find_method(self.method).stages[-1]: last}
 
+# %% ../nbs/15_parameters.ipynb #23739d2f
 @functools.cache
 def run_model(method: str) -> type[Run]:
     """The model of the runs of `method`: a `Run` with the method's options.
     An unknown method, and an option with the name of a field of every run, raise a `ValueError`."""
     kind = find_method(method)
-    taken = sorted(kind.Options.model_fields.keys() & Run.model_fields.keys())
-    if taken: raise ValueError(f"stanet/methods/{method}.py: its option {taken[0]} is a field of every run")
-    return create_model(f"{kind.__name__}Run", __base__=(kind.Options, Run))
+    own, common = kind.Options.model_fields, Run.model_fields
+    taken = sorted(own.keys() & common.keys())
+    if not taken:
+        return create_model(f"{kind.__name__}Run", __base__=(kind.Options, Run))
+    raise ValueError(f"stanet/methods/{method}.py: its option {taken[0]} is a field of every run")
 
 # %% ../nbs/15_parameters.ipynb #5d0c1a04
-def _notes(model) -> dict:  # name -> what `added` and `renamed` say of the field
-    extras = {name: field.json_schema_extra for name, field in model.model_fields.items()}
-    return {name: extra for name, extra in extras.items() if isinstance(extra, dict)}
+def _notes(model) -> dict:  # name of a field -> what `added` or `renamed` notes of it
+    found = {}
+    for name, field in model.model_fields.items():
+        extra = field.json_schema_extra
+        if isinstance(extra, dict): found[name] = extra
+    return found
 
 def _hashed_fields(model: BaseModel) -> dict:
     fields = model.model_dump()
     for name, note in _notes(type(model)).items():
-        if "neutral" in note and note["neutral"] == fields[name]: del fields[name]
-        if "before" in note: fields[note["before"]] = fields.pop(name)
+        if "neutral" in note and note["neutral"] == fields[name]:
+            del fields[name]
+        if "before" in note:
+            fields[note["before"]] = fields.pop(name)
     return fields
 
 def run_fields(run: Run) -> dict:
     """The fields that decide a result: without key, recipe's name, and added fields at their neutral value.
     Renamed fields are under their first name."""
     fields = _hashed_fields(run)
-    if run.earlier: fields["earlier"] = {stage: _hashed_fields(r) for stage, r in run.earlier.items()}
-    return {k: v for k, v in fields.items() if k not in ("key", "recipe")}
+    if run.earlier:
+        fields["earlier"] = {stage: _hashed_fields(recipe) for stage, recipe in run.earlier.items()}
+    del fields["key"], fields["recipe"]
+    return fields
+
+# %% ../nbs/15_parameters.ipynb #ae462098
+def _renamed(
+    fields: dict,   # of a card
+    present: dict,  # first name -> present name
+) -> dict:
+    return {present.get(name, name): value for name, value in fields.items()}
 
 def read_card(path) -> dict:
-    "The card of a run, its fields under the names that they have now."
+    "The card of a run, its fields under their present names."
     card = json.loads(Path(path).read_text(encoding="utf-8"))
-    now = {note["before"]: name for name, note in _notes(Run).items() if "before" in note}
-    def named(fields): return {now.get(k, k): v for k, v in fields.items()}
-    card["run"] = named(card["run"])
-    if "earlier" in card["run"]: card["run"]["earlier"] = {k: named(v) for k, v in card["run"]["earlier"].items()}
+    present = {}
+    for name, note in _notes(Run).items():
+        if "before" in note: present[note["before"]] = name
+    fields = _renamed(card["run"], present)
+    if "earlier" in fields:
+        earlier = fields["earlier"].items()
+        fields["earlier"] = {stage: _renamed(recipe, present) for stage, recipe in earlier}
+    card["run"] = fields
     return card
 
+# %% ../nbs/15_parameters.ipynb #79af434c
 def network_fields(run: Run) -> dict:
     "What of a network's description (see `build`) a run decides; data and semantic branch are not in it."
     general = ("method", "backbone", "width", "pools", "dropout", "way", "shot")
@@ -109,7 +134,7 @@ def network_fields(run: Run) -> dict:
 # %% ../nbs/15_parameters.ipynb #9f6e7b4c
 class TaskSet(BaseModel):
     "A fixed set of test tasks."
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = _STRICT
     pack: str = Field(description="the data: the name of a pack")
     split: str = Field(description="whose test classes")
     way: _Way = Field(5, description="classes a task")
@@ -120,21 +145,23 @@ class TaskSet(BaseModel):
 
 class Test(NamedTuple):
     "A run on a task set."
-    run: str
+    run: str       # its key
     task_set: str  # its name
     inductive: bool = False
 
     @property
-    def name(self) -> str: return f"{self.run}-on-{self.task_set}" + "-inductive" * self.inductive
+    def name(self) -> str:
+        "RUN-on-SET, with -inductive behind it if it is."
+        return f"{self.run}-on-{self.task_set}" + "-inductive" * self.inductive
 
     @property
-    def folder(self) -> str: return f"runs/{self.run}/tests/{self.task_set}" + "-inductive" * self.inductive
+    def folder(self) -> str:
+        "Where its results are kept, from the project's folder."
+        return f"runs/{self.run}/tests/{self.task_set}" + "-inductive" * self.inductive
 
 # %% ../nbs/15_parameters.ipynb #d2428060
-_Percent = Annotated[float, Field(ge=0, le=100)]
-
 class _Label(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = _STRICT
     method: str = Field("", description="the method, as the table prints it")
     variant: str = Field("", description="what sets this row apart from others of the method")
     backbone: str = Field("", description="the embedding network, as the table prints it")
@@ -144,15 +171,16 @@ class _Label(BaseModel):
     paper_ci: _Percent | None = Field(None, description="half of its interval")
 
 class RowEntry(_Label):
-    "A row as it stands in params.yaml."
+    "A row as it is written in params.yaml."
     task_set: str = Field(description="the name of the task set")
     run: str | None = Field(None, description="the run; without one the row is not implemented yet")
 
+# %% ../nbs/15_parameters.ipynb #fe22fae4
 class Row(_Label):
     "A row of a report, with its tests."
     way: int = Field(description="classes a task, from the task set")
     shot: int = Field(description="support images a class, from the task set")
-    cells: list[Test] = Field([], description="the tests whose mean stands in the row")
+    cells: list[Test] = Field([], description="the tests whose mean the row prints")
 
 class Report(BaseModel):
     "A table or figure: the notebook nbs/results/NAME.ipynb and its rows."
@@ -162,7 +190,9 @@ class Report(BaseModel):
     @property
     def cells(self) -> list:
         "The tests of all rows."
-        return [cell for row in self.rows for cell in row.cells]
+        found = []
+        for row in self.rows: found += row.cells
+        return found
 
 # %% ../nbs/15_parameters.ipynb #5d0c1a09
 class Params(BaseModel):
@@ -174,12 +204,17 @@ class Params(BaseModel):
     @property
     def tests(self) -> dict:
         "The tests of all reports by their names, each once."
-        return {cell.name: cell for report in self.reports.values() for cell in report.cells}
+        found = {}
+        for report in self.reports.values():
+            found |= {cell.name: cell for cell in report.cells}
+        return found
 
     def keeps_answers(self, name: str) -> bool:
         "Whether a report wants the answers of the test `name` kept."
-        wanted = [report for report in self.reports.values() if report.answers]
-        return any(cell.name == name for report in wanted for cell in report.cells)
+        for report in self.reports.values():
+            names = [cell.name for cell in report.cells]
+            if report.answers and name in names: return True
+        return False
 
 # %% ../nbs/15_parameters.ipynb #9a5b182a
 class _Loader(yaml.SafeLoader): pass
@@ -187,93 +222,156 @@ class _Loader(yaml.SafeLoader): pass
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+.0123456789"))
 
-def _parts(node) -> list:  # name and node of each part
-    if isinstance(node, yaml.SequenceNode): return [(str(i), part) for i, part in enumerate(node.value)]
-    if isinstance(node, yaml.MappingNode): return [(str(key.value), part) for key, part in node.value]
+def _parts(node) -> list:  # (name, node) of each part of a mapping or a list
+    if isinstance(node, yaml.SequenceNode):
+        return [(str(i), part) for i, part in enumerate(node.value)]
+    if isinstance(node, yaml.MappingNode):
+        return [(str(key.value), part) for key, part in node.value]
     return []
 
 def _duplicate_keys(node, place=(), seen=None):  # yields a line for each
     seen = set() if seen is None else seen
-    if id(node) in seen: return
+    if id(node) in seen: return  # an anchor: its text has been read
     seen.add(id(node))
     parts = _parts(node)
-    for name, n in Counter(name for name, _ in parts).items():
-        if n > 1: yield f"{'.'.join((*place, name))}: duplicate key"
-    for name, part in parts: yield from _duplicate_keys(part, (*place, name), seen)
+    counts = Counter(name for name, _ in parts)
+    for name, n in counts.items():
+        where = ".".join((*place, name))
+        if n > 1: yield f"{where}: duplicate key"
+    for name, part in parts:
+        yield from _duplicate_keys(part, (*place, name), seen)
 
-_UNREADABLE = (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError,
-               RecursionError)
+# %% ../nbs/15_parameters.ipynb #3db918de
+_UNREADABLE = (
+    yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError,
+)
 
 def read_yaml(text: str) -> tuple[object, list]:
     "What a YAML text says, and a line for every problem with reading it."
-    try: return yaml.load(text, _Loader), list(_duplicate_keys(_Loader(text).get_single_node()))
-    except _UNREADABLE as error: return None, [f"not readable as YAML: {in_one_line(error)}"]
+    try:
+        said = yaml.load(text, _Loader)
+        duplicates = list(_duplicate_keys(_Loader(text).get_single_node()))
+    except _UNREADABLE as error:
+        return None, [f"not readable as YAML: {in_one_line(error)}"]
+    return said, duplicates
 
 # %% ../nbs/15_parameters.ipynb #b3f2575e
 SECTIONS = ("recipes", "task_sets", "networks", "runs", "reports")
+_OPTIONAL = ("networks", "reports")
 
-def _found(value) -> str:
+def _found(value) -> str:  # the end of a line: what was found instead
     text = repr(value)
-    return f"(found {text if len(text) < 60 else text[:57] + '...'})"
+    if len(text) >= 60: text = text[:57] + "..."
+    return f"(found {text})"
 
 def _nearest(name, known) -> str:
     near = difflib.get_close_matches(str(name), list(known), 1)
-    return f"; do you mean {near[0]}?" if near else ""
+    if not near: return ""
+    return f"; do you mean {near[0]}?"
 
+# %% ../nbs/15_parameters.ipynb #4fac995a
 def _sections(raw) -> tuple[dict, list]:  # section -> its entries, a line for every problem
+    known = ", ".join(SECTIONS)
     if not isinstance(raw, dict):
-        expected = f"a mapping with the sections {', '.join(SECTIONS)} is expected"
-        return dict.fromkeys(SECTIONS, {}), [f"{expected} {_found(raw)}"]
-    there_are = ", ".join(SECTIONS)
-    found = [f"{s}: there is no such section; there are {there_are}" for s in raw if s not in SECTIONS]
+        wanted = f"a mapping with the sections {known} is expected"
+        return dict.fromkeys(SECTIONS, {}), [f"{wanted} {_found(raw)}"]
+    others = [name for name in raw if name not in SECTIONS]
+    found = [f"{name}: there is no such section; there are {known}" for name in others]
     sections = {}
     for section in SECTIONS:
-        entries = raw.get(section, {} if section in ("networks", "reports") else None)
-        sections[section] = entries if isinstance(entries, dict) else {}
-        if not isinstance(entries, dict): found.append(f"{section}: a mapping is expected {_found(entries)}")
+        missing = {} if section in _OPTIONAL else None
+        entries = raw.get(section, missing)
+        if not isinstance(entries, dict):
+            found.append(f"{section}: a mapping is expected {_found(entries)}")
+            entries = {}
+        sections[section] = entries
     return sections, found
 
 # %% ../nbs/15_parameters.ipynb #5d0c1a0c
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 _NAMING = ("run", "task_set", "start")  # fields that name a run or a task set
 
-def _filled(value, chosen: dict):  # a field's value with its placeholders filled
-    if isinstance(value, dict): return {k: _filled_text(v, chosen) for k, v in value.items()}
-    return _filled_text(value, chosen)
-
-def _filled_text(value, chosen: dict):
+def _filled_text(
+    value,         # a text with placeholders; other values stay as they are
+    chosen: dict,  # placeholder -> value
+):
     if not isinstance(value, str): return value
     alone = _PLACEHOLDER.fullmatch(value)
     if alone and alone[1] in chosen: return chosen[alone[1]]
-    return _PLACEHOLDER.sub(lambda m: str(chosen.get(m[1], m[0])), value)
+    def fill(match):
+        written, name = match[0], match[1]
+        return str(chosen.get(name, written))
+    return _PLACEHOLDER.sub(fill, value)
 
-def _as_name(value): return value.replace("_", "-") if isinstance(value, str) else value
+def _filled(value, chosen: dict):  # the same of a field, which may be a mapping
+    if not isinstance(value, dict): return _filled_text(value, chosen)
+    return {k: _filled_text(v, chosen) for k, v in value.items()}
 
-def _placeholders(texts) -> set:
-    return {name for text in texts if isinstance(text, str) for name in _PLACEHOLDER.findall(text)}
+def _as_name(value):
+    if not isinstance(value, str): return value
+    return value.replace("_", "-")
 
-def _combinations(place: str, values, used: set) -> tuple[list, list]:  # a dictionary for each, problems
-    if not isinstance(values, dict) or not values:
-        return [], [f"{place}.for: a mapping of names to lists of values is expected {_found(values)}"]
-    found = []
+# %% ../nbs/15_parameters.ipynb #1f7978f6
+def _placeholders(texts) -> set:  # the names in them
+    found = set()
+    for text in texts:
+        if isinstance(text, str): found |= set(_PLACEHOLDER.findall(text))
+    return found
+
+def _is_list_of_values(options) -> bool:
+    if not isinstance(options, list) or not options: return False
+    return not any(isinstance(option, (dict, list)) for option in options)
+
+def _value_problems(
+    place: str,    # where the entry is
+    values: dict,  # its `for`
+    used: set,     # its placeholders
+):  # yields a line for each problem
     for name, options in values.items():
-        if not isinstance(options, list) or not options or any(isinstance(o, (dict, list)) for o in options):
-            found.append(f"{place}.for.{name}: a list of values is expected {_found(options)}")
-        elif name not in used: found.append(f"{place}.for.{name}: no {{{name}}} takes its values")
-    for name in sorted(used - values.keys()): found.append(f"{place}: {{{name}}} has no values in its for")
-    if found: return [], found
-    return [dict(zip(values, chosen)) for chosen in itertools.product(*values.values())], []
+        field = f"{place}.for.{name}"
+        if not _is_list_of_values(options):
+            yield f"{field}: a list of values is expected {_found(options)}"
+        elif name not in used:
+            yield f"{field}: the entry has no placeholder {{{name}}}"
+    for name in sorted(used - values.keys()):
+        yield f"{place}: {{{name}}} has no values in its for"
 
-def expand(place: str, name: str, fields: dict) -> tuple[list, list]:
-    "An entry's (name, fields), or those that its `for` makes of it, and a line for every problem."
+# %% ../nbs/15_parameters.ipynb #028cbb45
+def _combinations(
+    place: str,  # where the entry is
+    values,      # its `for`
+    used: set,   # its placeholders
+) -> tuple[list, list]:  # a dictionary for each combination, a line for every problem
+    if not isinstance(values, dict) or not values:
+        wanted = "a mapping of names to lists of values is expected"
+        return [], [f"{place}.for: {wanted} {_found(values)}"]
+    found = list(_value_problems(place, values, used))
+    if found: return [], found
+    combinations = itertools.product(*values.values())
+    return [dict(zip(values, chosen)) for chosen in combinations], []
+
+# %% ../nbs/15_parameters.ipynb #ed5884f2
+def _texts(fields: dict) -> list:  # the values that may have placeholders
+    found = []
+    for value in fields.values():
+        found += value.values() if isinstance(value, dict) else [value]
+    return found
+
+def expand(
+    place: str,    # where the entry is, such as runs.NAME: lines begin with it
+    name: str,     # its name, perhaps with placeholders
+    fields: dict,  # its fields, perhaps with a `for`
+) -> tuple[list, list]:  # (name, fields) of each entry, a line for every problem
+    "The entries that the `for` of an entry makes of it; without one, the entry itself."
     if "for" not in fields: return [(name, fields)], []
     rest = {k: v for k, v in fields.items() if k != "for"}
-    within = [text for v in rest.values() for text in (v.values() if isinstance(v, dict) else [v])]
-    combinations, found = _combinations(place, fields["for"], _placeholders([name, *within]))
+    used = _placeholders([name, *_texts(rest)])
+    combinations, found = _combinations(place, fields["for"], used)
     made = []
     for chosen in combinations:
         filled = {k: _filled(v, chosen) for k, v in rest.items()}
-        filled |= {k: _as_name(filled[k]) for k in _NAMING if k in filled}
+        for k in _NAMING:
+            if k in filled: filled[k] = _as_name(filled[k])
         made.append((_as_name(_filled(name, chosen)), filled))
     return made, found
 
@@ -281,25 +379,40 @@ def expand(place: str, name: str, fields: dict) -> tuple[list, list]:
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 _GRIDS = ("task_sets", "runs")  # sections whose entries may have a `for`
 
-def _name_problem(name) -> str:  # or nothing
-    plain = isinstance(name, str) and NAME.fullmatch(name)
-    if not plain: return "a name is of small letters, digits, - and _"
-    of_tests = "-on-" in name or name.endswith("-inductive")
-    return "-on- and -inductive are parts of the names of tests" if of_tests else ""
+def _name_problem(name) -> str:  # empty if there is none
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        return "a name is made of lowercase letters, digits, - and _"
+    if "-on-" in name or name.endswith("-inductive"):
+        return "-on- and -inductive are parts of the names of tests"
+    return ""
 
-def _entries(section: str, entries: dict) -> tuple[dict, list]:  # the sound entries, a line for every problem
+def _expanded(
+    section: str,  # of the entry
+    written,       # its name, as it is written
+    fields: dict,  # its fields
+) -> tuple[list, list]:  # (name, fields) of each entry that it makes, a line for every problem
+    if section not in _GRIDS or not isinstance(written, str):
+        return [(written, fields)], []
+    return expand(f"{section}.{written}", written, fields)
+
+# %% ../nbs/15_parameters.ipynb #2dd635f1
+def _entries(
+    section: str,   # its name
+    entries: dict,  # as they are written
+) -> tuple[dict, list]:  # the sound entries, a line for every problem
     good, found = {}, []
     for written, fields in entries.items():
-        place = f"{section}.{written}"
         if not isinstance(fields, dict):
-            found.append(f"{place}: a mapping of fields is expected {_found(fields)}")
+            found.append(f"{section}.{written}: a mapping of fields is expected {_found(fields)}")
             continue
-        grid = section in _GRIDS and isinstance(written, str)
-        made, lines = expand(place, written, fields) if grid else ([(written, fields)], [])
+        made, lines = _expanded(section, written, fields)
         found += lines
         for name, filled in made:
-            if problem := _name_problem(name): found.append(f"{section}.{name}: {problem} {_found(name)}")
-            elif name in good: found.append(f"{section}.{name}: duplicate, made again by {written!r}")
+            place, problem = f"{section}.{name}", _name_problem(name)
+            if problem:
+                found.append(f"{place}: {problem} {_found(name)}")
+            elif name in good:
+                found.append(f"{place}: duplicate, made again by {written!r}")
             else: good[name] = filled
     return good, found
 
@@ -308,7 +421,7 @@ def _methods_with(option: str) -> list:  # names of methods that have this optio
     having = []
     for name in known_methods():
         try: kind = find_method(name)
-        except Exception: continue  # a notebook that is being written disturbs nobody
+        except Exception: continue  # someone is writing this method's notebook
         if option in kind.Options.model_fields: having.append(name)
     return having
 
@@ -317,43 +430,56 @@ def _hint(field, model) -> str:
     if owners: return f"; it is an option of {', '.join(owners)}"
     return _nearest(field, model.model_fields)
 
-def _line(place: str, error: dict, model) -> str:
-    said = in_one_line(error["msg"]).removeprefix("Value error, ")
+def _line(
+    place: str,   # where the entry is
+    error: dict,  # of pydantic
+    model,        # what the entry should be
+) -> str:
+    said = in_one_line(error["msg"])
+    said = said.removeprefix("Value error, ")
     if not error["loc"]: return f"{place}: {said}"
     field = error["loc"][0]
-    hint = _hint(field, model) if error["type"] == "extra_forbidden" else ""
-    return f"{place}.{field}: {said}{hint} {_found(error['input'])}"
+    if error["type"] == "extra_forbidden": said += _hint(field, model)
+    found = _found(error["input"])
+    return f"{place}.{field}: {said} {found}"
 
+# %% ../nbs/15_parameters.ipynb #0b1d708c
 def _fields(
-    place: str,      # where the entry stands
+    place: str,      # where the entry is
     model,           # what its fields should be
     fields: dict,    # what they are
     partial=False,   # fields may be missing
-) -> tuple[BaseModel | None, list, set]:  # the instance, its problems, the wrong fields
+) -> tuple[BaseModel | None, list, set]:  # the instance, a line for every problem, the wrong fields
     try: return model.model_validate(fields), [], set()
     except ValidationError as error: errors = error.errors()
     if partial: errors = [e for e in errors if e["type"] != "missing" and e["loc"]]
+    lines = [_line(place, e, model) for e in errors]
     wrong = {e["loc"][0] for e in errors if e["loc"]}
-    return None, list(dict.fromkeys(_line(place, e, model) for e in errors)), wrong
+    return None, list(dict.fromkeys(lines)), wrong
 
 # %% ../nbs/15_parameters.ipynb #df49c8fd
-_LEVELS = ("cifar_easy", "cifar_moderate", "cifar_hard")
-_DRAWN = [f"{level}{draw}" for level in _LEVELS for draw in ("", "_draw1", "_draw2", "_draw3")]
-_CIFAR = {name: {"train": (80, 600), "test": (20, 600)} for name in _DRAWN}
-_CIFAR |= {f"{level}_choice": {"train": (60, 600), "test": (20, 600)} for level in _LEVELS}
+def _cifar_extents() -> dict:  # split -> part -> classes, images of the smallest class
+    found = {}
+    for level in ("cifar_easy", "cifar_moderate", "cifar_hard"):
+        for draw in ("", "_draw1", "_draw2", "_draw3"):
+            found[f"{level}{draw}"] = {"train": (80, 600), "test": (20, 600)}
+        found[f"{level}_choice"] = {"train": (60, 600), "test": (20, 600)}
+    return found
 
 EXTENTS = {  # pack -> split -> part -> classes, images of the smallest class
     "omniglot": {
         "omniglot": {"train": (1200, 20), "test": (423, 20)},
         "omniglot_choice": {"train": (1065, 20), "test": (135, 20)},
     },
-    "cifar100": _CIFAR,
+    "cifar100": _cifar_extents(),
     "mini": {
         "mini": {"train": (64, 600), "val": (16, 600), "test": (20, 600)},
         "mini_choice": {"train": (64, 600), "test": (16, 600)},
     },
     "glyphs": {},
 }
+
+# %% ../nbs/15_parameters.ipynb #9865b837
 IMAGES = {  # pack -> height, width, channels
     "omniglot": (28, 28, 1),
     "cifar100": (32, 32, 3),
@@ -363,12 +489,15 @@ IMAGES = {  # pack -> height, width, channels
 
 def root() -> Path:
     "The project's folder: the nearest one upwards with a `params.yaml`, from here or from the package."
-    places = [Path.cwd(), *Path.cwd().parents, Path(stanet.__file__).resolve().parents[1]]
-    return next((p for p in places if (p / "params.yaml").is_file()), Path.cwd())
+    package = Path(stanet.__file__).resolve().parent
+    for folder in (Path.cwd(), *Path.cwd().parents, package.parent):
+        if (folder / "params.yaml").is_file(): return folder
+    return Path.cwd()
 
 def pack_path(name: str) -> Path:
     "Where the pack `name` is kept."
-    return root() / ("packs" if name == "glyphs" else "data") / f"{name}.safetensors"
+    folder = "packs" if name == "glyphs" else "data"
+    return root() / folder / f"{name}.safetensors"
 
 # %% ../nbs/15_parameters.ipynb #5d0c1a14
 _NO_PACK = (SafetensorError, TypeError, KeyError, ValueError, AttributeError, RuntimeError, IndexError)
@@ -378,42 +507,54 @@ def pack_outline(path) -> Pack:
     An unreadable one raises a `ValueError`."""
     try:
         with safe_open(path, "pt") as f:
-            names, labels = json.loads(f.metadata()["pack"]), f.get_tensor("labels")
+            names = json.loads(f.metadata()["pack"])
+            labels = f.get_tensor("labels")
             shape = f.get_slice("images").get_shape()
-        images = torch.zeros(1, 1, 1, 1, dtype=torch.uint8).expand(len(labels), *shape[1:])
+        empty = torch.zeros(1, 1, 1, 1, dtype=torch.uint8)
+        images = empty.expand(len(labels), *shape[1:])
         return Pack(images, labels, names["classes"], names["parents"], name=path.stem)
     except _NO_PACK as error:
         why = f"not a pack ({in_one_line(error)})"
         raise ValueError(f"{path}: {why}; remove it and import it again") from None
 
+# %% ../nbs/15_parameters.ipynb #50470302
 @functools.lru_cache
-def _outline(path, _): return pack_outline(path)  # read anew where the file has changed
+def _outline(path, changed) -> Pack:
+    return pack_outline(path)
 
 @functools.lru_cache
-def _split(path, changed, split: str) -> Split: return make_split(split, _outline(path, changed))
+def _split(path, changed, split: str) -> Split:
+    return make_split(split, _outline(path, changed))
 
 @functools.lru_cache
 def _extents(path, changed, split: str) -> dict:
     pack, parts = _outline(path, changed), vars(_split(path, changed, split))
-    images = dict(zip(pack.classes, pack.labels.bincount(minlength=len(pack.classes)).tolist()))
-    def extent(classes): return len(classes), min(images[c] for c in classes)
-    return {part: extent(classes) for part, classes in parts.items() if classes}
+    counts = pack.labels.bincount(minlength=len(pack.classes))
+    images = dict(zip(pack.classes, counts.tolist()))
+    found = {}
+    for part, classes in parts.items():
+        if not classes: continue
+        fewest = min(images[c] for c in classes)
+        found[part] = (len(classes), fewest)
+    return found
 
-def _file(pack: str) -> tuple:  # what the cached ones above go by
+def _file(pack: str) -> tuple:  # the first two arguments of the functions above
     path = pack_path(pack)
     return path, path.stat().st_mtime_ns
 
+# %% ../nbs/15_parameters.ipynb #eff61974
 def extents(pack: str, split: str) -> dict:  # part -> classes, images of the smallest class
     """How large the parts of a split are; those that can't be known without the pack are left out.
     A pack that can't be read, or that the split is not for, raises a `ValueError`."""
-    if not pack_path(pack).is_file(): return dict(EXTENTS.get(pack, {}).get(split, {}))
-    return dict(_extents(*_file(pack), split))
+    if pack_path(pack).is_file(): return dict(_extents(*_file(pack), split))
+    return dict(EXTENTS.get(pack, {}).get(split, {}))
 
 def image_shape(pack: str) -> tuple | None:  # height, width, channels
     "The shape of a pack's images, or None if it can't be known."
     if not pack_path(pack).is_file(): return IMAGES.get(pack)
-    try: return tuple(_outline(*_file(pack)).images.shape[1:])
+    try: outline = _outline(*_file(pack))
     except ValueError: return None
+    return tuple(outline.images.shape[1:])
 
 # %% ../nbs/15_parameters.ipynb #6dbc4362
 def _tasks_fit(
@@ -422,10 +563,11 @@ def _tasks_fit(
     sizes: dict,   # its extents
     way: int,      # classes a task
     images: int,   # support images and queries a class
-):
+):  # yields a line for each problem
     if part not in sizes: return
     classes, fewest = sizes[part]
-    if way > classes: yield f"{place}.way: {way}, but there are {classes} {part} classes"
+    if way > classes:
+        yield f"{place}.way: {way}, but there are {classes} {part} classes"
     if images > fewest:
         needed = f"shot and queries make {images} images a class"
         yield f"{place}.shot: {needed}, but the smallest {part} class has {fewest}"
@@ -438,123 +580,201 @@ def known_splits() -> list:
 
 def known_packs() -> list:
     "The names of the published packs, and of those that are here."
-    noted = [p.stem for p in (root() / "packs").glob("*.sha256")]
-    return sorted({*EXTENTS, *noted, *(p.stem for p in (root() / "data").glob("*.safetensors"))})
+    recorded = (root() / "packs").glob("*.sha256")
+    present = (root() / "data").glob("*.safetensors")
+    files = {path.stem for path in (*recorded, *present)}
+    return sorted(files | EXTENTS.keys())
 
-def _defined(name: str) -> bool:  # whether stanet has the definition 'module.name'
+# %% ../nbs/15_parameters.ipynb #58c8f6d0
+def _is_defined(name: str) -> bool:  # whether stanet has the definition 'module.name'
     module, _, definition = name.rpartition(".")
-    try: return callable(getattr(importlib.import_module(f"stanet.{module}"), definition, None))
+    try: found = importlib.import_module(f"stanet.{module}")
     except ImportError: return False
+    return callable(getattr(found, definition, None))
 
-def _uses_known(place: str, fields: dict, kind: type[Method]):  # yields a line for each unknown name
+def _used_names_known(
+    place: str,          # where the fields are
+    fields: dict,        # of a run or a network
+    kind: type[Method],  # its method
+):  # yields a line for each unknown name
     own = {k: v for k, v in fields.items() if k in kind.Options.model_fields}
     try: options = kind.Options(**own)
-    except ValidationError: return  # told already
+    except ValidationError: return  # its fields have been reported
     for name in kind.uses(options):
+        if _is_defined(name): continue
         module, _, definition = name.rpartition(".")
         field = next((k for k, v in options if v == definition), "method")
-        if not _defined(name): yield f"{place}.{field}: there is no {definition!r} in stanet.{module}"
+        yield f"{place}.{field}: there is no {definition!r} in stanet.{module}"
 
-def _names_known(place: str, fields: dict, kind: type[Method] | None):  # the same, of all fields
+# %% ../nbs/15_parameters.ipynb #e8493708
+def _is_backbone(name) -> bool:
+    found = getattr(stanet.embedding, str(name), None)
+    if not isinstance(found, type): return False
+    return issubclass(found, torch.nn.Module)
+
+def _names_known(
+    place: str,                 # where the fields are
+    fields: dict,               # of a run, a network or a task set
+    kind: type[Method] | None,  # the method, if there is one
+):  # yields a line for each unknown name
     for field, known in (("pack", known_packs()), ("split", known_splits())):
-        if field in fields and fields[field] not in known:
-            yield f"{place}.{field}: there is no {field} {fields[field]!r}; there are {', '.join(known)}"
-    backbone = getattr(stanet.embedding, str(fields.get("backbone")), None)
-    if "backbone" in fields and not (isinstance(backbone, type) and issubclass(backbone, torch.nn.Module)):
-        yield f"{place}.backbone: there is no {fields['backbone']!r} in stanet.embedding"
-    if kind: yield from _uses_known(place, fields, kind)
+        if field not in fields: continue
+        name, there_are = fields[field], ", ".join(known)
+        if name not in known:
+            yield f"{place}.{field}: there is no {field} {name!r}; there are {there_are}"
+    if "backbone" in fields:
+        name = fields["backbone"]
+        if not _is_backbone(name):
+            yield f"{place}.backbone: there is no {name!r} in stanet.embedding"
+    if kind: yield from _used_names_known(place, fields, kind)
 
 # %% ../nbs/15_parameters.ipynb #5d0c1a18
 _LARGEST = 100_000_000  # weights
 
 @functools.lru_cache(maxsize=2)
 def _network(described: str) -> Method:  # JSON, because it is a key of the cache
-    weights = sum(p.numel() for p in build_on_meta(json.loads(described)).parameters())
+    description = json.loads(described)
+    on_meta = build_on_meta(description)
+    weights = sum(p.numel() for p in on_meta.parameters())
     if weights > _LARGEST: raise ValueError(f"it would have {weights:,} weights")
-    net = build(json.loads(described)).eval()
+    net = build(description).eval()
     for stage in net.stages: net.begin(stage)
     return net
 
-def _try_task(net: Method, shape: tuple, way: int, shot: int):  # raises what it raises
-    if way * shot > 10_000: raise ValueError(f"{way * shot:,} support images are too many for a task")
-    maps = net.embed(torch.zeros(1, shape[2], *shape[:2]))
-    support = maps[None].expand(1, way * shot, *maps.shape[1:])
-    logits = net.classify(support, torch.arange(way).repeat(shot)[None], maps[None])
-    if logits.shape != (1, 1, way):
-        raise ValueError(f"classify gives {tuple(logits.shape)} for one query and {way} classes")
-    branch = net.semantic is not None and type(net).losses is Method.losses
-    if branch and (maps.ndim != 4 or maps.shape[1] != net.backbone.n_ch):
-        wanted = f"the semantic branch is for feature maps of {net.backbone.n_ch} channels"
-        found = f"an image becomes {tuple(maps.shape[1:])}"
-        raise ValueError(f"{wanted}, and {found}; semantic_weight: 0.0 trains without it")
+# %% ../nbs/15_parameters.ipynb #7ec40ada
+def _check_logits(
+    net: Method,
+    maps,       # what `embed` makes of the image
+    way: int,   # classes
+    shot: int,  # support images a class
+):
+    query = maps[None]
+    support = query.expand(1, way * shot, *maps.shape[1:])
+    labels = torch.arange(way).repeat(shot)
+    logits = net.classify(support, labels[None], query)
+    shape = tuple(logits.shape)
+    if shape != (1, 1, way):
+        raise ValueError(f"classify gives {shape} for one query and {way} classes")
 
+
+# %% ../nbs/15_parameters.ipynb #ae04dd21
+def _check_branch(net: Method, maps):
+    if net.semantic is None or type(net).losses is not Method.losses: return
+    channels = net.backbone.n_ch
+    shape = tuple(maps.shape[1:])
+    if len(shape) == 3 and shape[0] == channels: return
+    wanted = f"the semantic branch is for feature maps of {channels} channels"
+    found = f"an image becomes {shape}"
+    raise ValueError(f"{wanted}, and {found}; semantic_weight: 0.0 trains without it")
+
+
+# %% ../nbs/15_parameters.ipynb #46aeb8e6
+def _try_task(net: Method, shape: tuple, way: int, shot: int):  # raises what it raises
+    if way * shot > 10_000:
+        raise ValueError(f"{way * shot:,} support images are too many for a task")
+    height, width, channels = shape
+    maps = net.embed(torch.zeros(1, channels, height, width))
+    _check_logits(net, maps, way, shot)
+    _check_branch(net, maps)
+
+# %% ../nbs/15_parameters.ipynb #e0e894cb
 @functools.lru_cache(maxsize=None)
 def _why_not(described: str, shape: tuple, way: int, shot: int) -> str:
-    "Why the network can't be built or doesn't take a task of images of this shape, or nothing."
+    "Why the network can't be built or doesn't take a task of images of this shape; empty if it does."
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             _try_task(_network(described), shape, way, shot)
-    except Exception as error: return in_one_line(error)[:200]  # the code of a method may raise anything
+    except Exception as error:  # the code of a method may raise anything
+        return in_one_line(error)[:200]
     return ""
 
 def _described(run: Run) -> tuple[str, tuple]:  # the network of a run as JSON, the shape of its images
     shape = image_shape(run.pack) or (28, 28, 1)
     sizes = extents(run.pack, run.split)
-    classes = sizes["train"][0] * (4 if run.rotated_classes else 1) if "train" in sizes else 64
-    data = {"channels": shape[2], "size": shape[0], "classes": classes}
-    branch = {"n_semantic": 8 if run.semantic_weight else 0}
-    return json.dumps(network_fields(run) | data | branch, sort_keys=True), shape
+    classes = 64
+    if "train" in sizes:
+        classes, _ = sizes["train"]
+        if run.rotated_classes: classes *= 4
+    described = network_fields(run)
+    described |= {"channels": shape[2], "size": shape[0], "classes": classes}
+    described["n_semantic"] = 8 if run.semantic_weight else 0
+    return json.dumps(described, sort_keys=True), shape
 
 # %% ../nbs/15_parameters.ipynb #5d0c1a1a
 class Draft(NamedTuple):
     "A run as far as it is sound."
     run: Run | None             # with defaults in place of wrong fields
     kind: type[Method] | None   # its method
-    wrong: set                  # the fields that were refused
+    wrong: set                  # the fields with problems
     fits: bool = False          # whether data and network were tried and fit
 
     def builds(self) -> bool:
         "Whether all that its network is made of is sound."
         if not self.run or not self.kind: return False
-        return not self.wrong & {"pack", "split", *network_fields(self.run), *self.kind.Options.model_fields}
+        own = self.kind.Options.model_fields
+        parts = {"pack", "split", *network_fields(self.run), *own}
+        return not self.wrong & parts
 
 # %% ../nbs/15_parameters.ipynb #3978860d
-def _training_fits(run: Run, sizes: dict):  # yields a line for each problem of the tasks in training
+def _recipe_fits(
+    run: Run,
+    recipe: Recipe,  # of one of its stages
+    sizes: dict,     # the extents of its split
+):  # yields a line for each problem
     place = f"runs.{run.key}"
-    for recipe in run.recipes.values():
-        if recipe.sampler != "tasks" or "train" not in sizes: continue
-        yield from _tasks_fit(place, "train", sizes, run.way, run.shot + recipe.query)
-        classes, together = sizes["train"][0], recipe.tasks * run.way
-        if recipe.regroupings > 1 and together > classes:
-            need = f"{recipe.tasks} tasks of {run.way} different classes need {together}"
-            yield f"{place}.tasks: {need}, but there are {classes} train classes"
-        if recipe.others and run.way >= classes:
-            beside = f"{recipe.others} images of classes beside the task"
-            yield f"{place}.others: {beside}, but the task has all {classes} train classes"
+    classes, _ = sizes["train"]
+    images = run.shot + recipe.query
+    yield from _tasks_fit(place, "train", sizes, run.way, images)
+    together = recipe.tasks * run.way
+    if recipe.regroupings > 1 and together > classes:
+        need = f"{recipe.tasks} tasks of {run.way} different classes need {together}"
+        yield f"{place}.tasks: {need}, but there are {classes} train classes"
+    if recipe.others and run.way >= classes:
+        beside = f"{recipe.others} images of classes beside the task"
+        yield f"{place}.others: {beside}, but the task has all {classes} train classes"
 
+# %% ../nbs/15_parameters.ipynb #4a689e64
 def _data_fit(draft: Draft):  # yields a line for each problem of a run with its data
     run, place = draft.run, f"runs.{draft.run.key}"
-    if run.pack not in known_packs() or run.split not in known_splits(): return  # told already
+    if run.pack not in known_packs(): return  # reported with the names
+    if run.split not in known_splits(): return
     if draft.wrong & {"pack", "split", "way", "shot"}: return
     try: sizes = extents(run.pack, run.split)
     except ValueError as error:
         yield f"{place}.pack: {in_one_line(error)}"
         return
-    if run.rotated_classes and "train" in sizes: sizes["train"] = (4 * sizes["train"][0], sizes["train"][1])
-    if draft.kind and "query" not in draft.wrong: yield from _training_fits(run, sizes)
-    if run.validate_tasks: yield from _tasks_fit(place, "val", sizes, run.way, run.shot + 15)
+    if "train" in sizes and run.rotated_classes:
+        classes, fewest = sizes["train"]
+        sizes["train"] = (4 * classes, fewest)
+    if "train" in sizes and draft.kind and "query" not in draft.wrong:
+        for recipe in run.recipes.values():
+            if recipe.sampler == "tasks":
+                yield from _recipe_fits(run, recipe, sizes)
+    if run.validate_tasks:
+        yield from _tasks_fit(place, "val", sizes, run.way, run.shot + 15)
 
-def _sizes_fit(run: Run, described: str, shape: tuple):  # yields a line for each problem of the recipes' image sizes
+# %% ../nbs/15_parameters.ipynb #16a9c5e4
+def _sizes_fit(
+    run: Run,
+    described: str,  # its network
+    shape: tuple,    # of the pack's images
+):  # yields a line for each problem
     place = f"runs.{run.key}.sizes"
-    for side in sorted({side for recipe in run.recipes.values() for side in recipe.sizes}):
-        if side > shape[0]:
-            yield f"{place}: {side} pixels are more than the {shape[0]} of the pack {run.pack}"
+    height, _, channels = shape
+    sides = set()
+    for recipe in run.recipes.values(): sides |= set(recipe.sizes)
+    for side in sorted(sides):
+        if side > height:
+            yield f"{place}: {side} pixels are more than the {height} of the pack {run.pack}"
             continue
-        why = _why_not(described, (side, side, shape[2]), run.way, run.shot)
-        if why: yield f"{place}: the network can't be trained on images of {side} pixels: {why}"
+        why = _why_not(described, (side, side, channels), run.way, run.shot)
+        if why:
+            yield f"{place}: the network can't be trained on images of {side} pixels: {why}"
 
-def _run_fits(draft: Draft):  # yields a line for each problem of a run with names, data and network
-    run, place = draft.run, f"runs.{draft.run.key}"
+# %% ../nbs/15_parameters.ipynb #dbf9f5a8
+def _run_fits(draft: Draft):  # yields a line for each problem
+    run = draft.run
+    place = f"runs.{run.key}"
     sound = {k: v for k, v in run if k not in draft.wrong}
     unknown = list(_names_known(place, sound, draft.kind))
     unfit = list(_data_fit(draft))
@@ -562,143 +782,207 @@ def _run_fits(draft: Draft):  # yields a line for each problem of a run with nam
     if unknown or unfit or not draft.builds(): return
     described, shape = _described(run)
     why = _why_not(described, shape, run.way, run.shot)
-    if why: yield f"{place}: its network can't be built: {why}"
-    else: yield from _sizes_fit(run, described, shape)
+    if why:
+        yield f"{place}: its network can't be built: {why}"
+        return
+    yield from _sizes_fit(run, described, shape)
 
+# %% ../nbs/15_parameters.ipynb #3202ff58
 def _set_fits(name: str, t: TaskSet):  # yields a line for each problem of a task set with its data
     place = f"task_sets.{name}"
     unknown = list(_names_known(place, {"pack": t.pack, "split": t.split}, None))
     yield from unknown
     if unknown: return
     try: sizes = extents(t.pack, t.split)
-    except ValueError as error: yield f"{place}.pack: {in_one_line(error)}"
-    else: yield from _tasks_fit(place, "test", sizes, t.way, t.shot + t.query)
+    except ValueError as error:
+        yield f"{place}.pack: {in_one_line(error)}"
+        return
+    yield from _tasks_fit(place, "test", sizes, t.way, t.shot + t.query)
 
 # %% ../nbs/15_parameters.ipynb #95803016
-_GIVEN = {  # fields that are not written in an entry, and why
-    "key": "the name of a run is where it stands",
-    "earlier": "the recipes of all stages stand in recipe",
+_NOT_WRITTEN = {  # fields of a run that are not written in its entry, and why
+    "key": "the name of the entry is the key; remove this field",
+    "earlier": "the recipes of all stages are named in recipe; remove this field",
 }
 
-def _method_name(fields: dict): return fields.get("method", Run.model_fields["method"].default)
+def _method_name(fields: dict):
+    return fields.get("method", Run.model_fields["method"].default)
 
 def _method_of(place: str, fields: dict) -> tuple[type[Method] | None, list]:  # the method, problems
     name = _method_name(fields)
     try:
-        if not isinstance(name, str): raise ValueError(f"the name of a method is expected {_found(name)}")
+        if not isinstance(name, str):
+            raise ValueError(f"the name of a method is expected {_found(name)}")
         run_model(name)
         return find_method(name), []
     except ValueError as error: why = in_one_line(error)
-    except Exception as error: why = f"stanet/methods/{name}.py can't be imported: {in_one_line(error)}"
+    except Exception as error:
+        why = f"stanet/methods/{name}.py can't be imported: {in_one_line(error)}"
     return None, [f"{place}.method: {why}"]
 
-def _recipe_known(place: str, name, recipes: dict):  # yields a line if there is no such recipe
-    if isinstance(name, str) and name in recipes: return
-    yield f"{place}.recipe: there is no such recipe; there are {', '.join(recipes)} {_found(name)}"
+def _model_of(
+    fields: dict,
+    kind: type[Method] | None,  # their method
+) -> type[Run]:  # without options if there is no method
+    if kind is None: return Run
+    return run_model(_method_name(fields))
 
-def _stage_names(place: str, recipe, recipes: dict, kind) -> tuple[dict, list]:  # stage -> recipe, problems
-    if kind: stages = kind.stages
-    else: stages = tuple(recipe) if isinstance(recipe, dict) and recipe else Method.stages
+# %% ../nbs/15_parameters.ipynb #77f18e73
+def _stages_of(kind: type[Method] | None, recipe) -> tuple:
+    if kind: return kind.stages
+    if isinstance(recipe, dict) and recipe: return tuple(recipe)
+    return Method.stages
+
+def _stage_names(
+    place: str,                 # where the run or the network is
+    recipe,                     # what it says: a name, or a mapping stage: name
+    recipes: dict,              # all recipes by their names
+    kind: type[Method] | None,  # its method
+) -> tuple[dict, list]:  # stage -> name of its recipe, a line for every problem
+    stages = _stages_of(kind, recipe)
     given = recipe if isinstance(recipe, dict) else dict.fromkeys(stages, recipe)
-    found = []
+    place, found = f"{place}.recipe", []
     for stage, name in given.items():
-        there_are = f"the method has {', '.join(stages)}"
-        if stage in stages: found += _recipe_known(place, name, recipes)
-        else: found.append(f"{place}.recipe.{stage}: there is no such stage; {there_are}")
-    found += [f"{place}.recipe: the stage {stage} has no recipe" for stage in stages if stage not in given]
+        if stage not in stages:
+            there_are = ", ".join(stages)
+            found.append(f"{place}.{stage}: there is no such stage; the method has {there_are}")
+        elif not isinstance(name, str) or name not in recipes:
+            there_are = ", ".join(recipes)
+            found.append(f"{place}: there is no such recipe; there are {there_are} {_found(name)}")
+    for stage in stages:
+        if stage not in given: found.append(f"{place}: the stage {stage} has no recipe")
     return {stage: given.get(stage) for stage in stages}, found
 
 # %% ../nbs/15_parameters.ipynb #5d0c1a1d
-def _sound_recipe(name, recipes: dict, bad: set) -> dict:  # the fields of a recipe that were not refused
-    if not isinstance(name, str): return {}
-    return {k: v for k, v in recipes.get(name, {}).items() if (name, k) not in bad}
+class _Recipes(NamedTuple):
+    entries: dict  # name -> fields
+    wrong: set     # (name, field) of those with problems
 
-def _validated(place: str, model, fields: dict) -> tuple[Run | None, list, set]:  # wrong fields have defaults
-    run, lines, wrong = _fields(place, model, fields)
-    if wrong: run, _, _ = _fields(place, model, {k: v for k, v in fields.items() if k not in wrong})
-    return run, lines, wrong
+    def sound(self, name) -> dict:
+        "The fields of the recipe `name` that have no problem; none of an unknown one."
+        if not isinstance(name, str): return {}
+        fields = self.entries.get(name, {})
+        return {k: v for k, v in fields.items() if (name, k) not in self.wrong}
 
 def _earlier(
-    place: str,     # where the run stands
-    names: dict,    # stage -> name of its recipe
-    given: dict,    # the run's own fields, as far as they are sound
-    recipes: dict,  # all recipes
-    bad: set,       # (recipe, field) of those that were refused
-) -> tuple[dict, list]:  # the recipes of the stages before the last, problems
+    place: str,         # where the run is
+    names: dict,        # stage -> name of its recipe
+    given: dict,        # the run's own fields, as far as they are sound
+    recipes: _Recipes,  # all recipes
+) -> tuple[dict, list]:  # the recipes of the stages before the last, a line for every problem
     own = {k: v for k, v in given.items() if k in Recipe.model_fields}
     made, found = {}, []
     for stage in list(names)[:-1]:
-        fields = _sound_recipe(names[stage], recipes, bad) | own
+        fields = recipes.sound(names[stage]) | own
         made[stage], lines, _ = _fields(f"{place}.recipe.{stage}", Recipe, fields)
         found += lines
     return made, found
 
-def _known_to_run(place: str, lines: list, kind, unnamed: list):  # yields those that are worth saying
+# %% ../nbs/15_parameters.ipynb #fd6fbe05
+def _validated(
+    place: str,    # where the run is
+    model,         # what it should be
+    fields: dict,  # what it has
+) -> tuple[Run | None, list, set]:  # the run, a line for every problem, the wrong fields
+    run, lines, wrong = _fields(place, model, fields)
+    if wrong:
+        sound = {k: v for k, v in fields.items() if k not in wrong}
+        run, _, _ = _fields(place, model, sound)
+    return run, lines, wrong
+
+def _worth_reporting(
+    place: str,         # where the run is
+    lines: list,        # its problems
+    known_kind: bool,   # whether its method is known
+    known_names: bool,  # whether its recipes are known
+):  # yields the lines that say something new
     for line in lines:
-        if not kind and "Extra inputs" in line: continue  # options of a method that nobody knows
-        if unnamed and line.split(":")[0] == place: continue  # fields that the recipe would have decided
+        of_run = line.split(":")[0] == place
+        if not known_kind and "Extra inputs" in line: continue
+        if not known_names and of_run: continue
         yield line
 
-def _drafted(key: str, fields: dict, recipes: dict, bad: set) -> tuple[Draft, list]:  # the run, its problems
+# %% ../nbs/15_parameters.ipynb #efbdda8e
+def _own_fields(place: str, fields: dict) -> tuple[dict, list]:  # as they are written, problems
+    found = []
+    for field, why in _NOT_WRITTEN.items():
+        if field in fields:
+            found.append(f"{place}.{field}: {why} {_found(fields[field])}")
+    others = {"recipe", *_NOT_WRITTEN}
+    return {k: v for k, v in fields.items() if k not in others}, found
+
+
+# %% ../nbs/15_parameters.ipynb #5ee3556e
+def _drafted(
+    key: str,           # of the run
+    fields: dict,       # its entry
+    recipes: _Recipes,  # all recipes
+) -> tuple[Draft, list]:  # the run, a line for every problem
     place = f"runs.{key}"
-    kind, found = _method_of(place, fields)
-    names, unnamed = _stage_names(place, fields.get("recipe"), recipes, kind)
-    found += unnamed + [f"{place}.{k}: {why} {_found(fields[k])}" for k, why in _GIVEN.items() if k in fields]
-    given = {k: v for k, v in fields.items() if k not in ("recipe", *_GIVEN)}
-    last = _sound_recipe([*names.values()][-1], recipes, bad)
-    naming = {"key": key, "recipe": "" if unnamed else fields["recipe"]}
-    model = run_model(_method_name(fields)) if kind else Run
-    run, lines, wrong = _validated(place, model, last | given | naming)
-    sound = {k: v for k, v in given.items() if k not in wrong}
-    earlier, more = _earlier(place, names, sound, recipes, bad)
-    if run and earlier and not more: run = run.model_copy(update={"earlier": earlier})
-    return Draft(run, kind, wrong), [*found, *_known_to_run(place, lines, kind, unnamed), *more]
+    kind, of_method = _method_of(place, fields)
+    names, of_recipe = _stage_names(place, fields.get("recipe"), recipes.entries, kind)
+    own, of_entry = _own_fields(place, fields)
+
+    *_, last = names.values()
+    resolved = recipes.sound(last) | own | {"key": key, "recipe": ""}
+    if not of_recipe: resolved["recipe"] = fields["recipe"]
+    run, lines, wrong = _validated(place, _model_of(fields, kind), resolved)
+    of_fields = _worth_reporting(place, lines, bool(kind), not of_recipe)
+
+    sound = {k: v for k, v in own.items() if k not in wrong}
+    earlier, of_stages = _earlier(place, names, sound, recipes)
+    if run and earlier and not of_stages:
+        run = run.model_copy(update={"earlier": earlier})
+    found = [*of_method, *of_recipe, *of_entry, *of_fields, *of_stages]
+    return Draft(run, kind, wrong), found
 
 # %% ../nbs/15_parameters.ipynb #5d0c1a20
-def _line_of_starts(key: str, drafts: dict) -> list:  # keys, to a run that begins from none or stands in them
-    line = [key]
-    while (draft := drafts.get(line[-1])) and draft.run and draft.run.start:
-        line.append(draft.run.start)
-        if line[-1] in line[:-1]: break
-    return line
+def _start_of(key: str, drafts: dict) -> str:  # the run that it begins from; empty if there is none
+    draft = drafts.get(key)
+    if not draft or not draft.run: return ""
+    return draft.run.start
 
-def _weights_fit(draft: Draft, other: Draft) -> str:  # why those of `other` don't, or nothing
+def _line_of_starts(key: str, drafts: dict) -> list:  # from run to run, to the first or to a repeated one
+    line = []
+    while key and key not in line:
+        line.append(key)
+        key = _start_of(key, drafts)
+    return [*line, key] if key else line
+
+
+# %% ../nbs/15_parameters.ipynb #3461e6ee
+def _weights_fit(draft: Draft, other: Draft) -> str:  # why those of `other` don't; empty if they do
     if not draft.fits or not other.fits: return ""
-    try:
-        mine, theirs = (build_on_meta(json.loads(_described(d.run)[0])) for d in (draft, other))
-        start_from(mine, theirs, other.run.key)
-    except ValueError as error: return in_one_line(error).removeprefix("start: ")
+    nets = []
+    for run in (draft.run, other.run):
+        described, _ = _described(run)
+        nets.append(build_on_meta(json.loads(described)))
+    try: start_from(*nets, other.run.key)
+    except ValueError as error:
+        return in_one_line(error).removeprefix("start: ")
     return ""
 
 def _starts_fit(drafts: dict, thorough: bool):  # yields a line for each problem
     for key, draft in drafts.items():
-        start = draft.run.start if draft.run else ""
-        place, line = f"runs.{key}.start", _line_of_starts(key, drafts)
+        place, start = f"runs.{key}.start", _start_of(key, drafts)
+        line = _line_of_starts(key, drafts)
         if not start: continue
-        if start not in drafts: yield f"{place}: there is no run {start!r}{_nearest(start, drafts)}"
-        elif start == key: yield f"{place}: a run can't begin from itself"
-        elif line[-1] == key: yield f"{place}: {' from '.join(line)} goes in a circle"
-        elif thorough and (why := _weights_fit(draft, drafts[start])): yield f"{place}: {why}"
+        if start not in drafts:
+            yield f"{place}: there is no run {start!r}{_nearest(start, drafts)}"
+        elif start == key:
+            yield f"{place}: a run can't begin from itself"
+        elif line[-1] == key:
+            yield f"{place}: {' from '.join(line)} goes in a circle"
+        elif thorough:
+            why = _weights_fit(draft, drafts[start])
+            if why: yield f"{place}: {why}"
 
 # %% ../nbs/15_parameters.ipynb #06c12145
-def _seen_classes(run: Run, t: TaskSet) -> int:  # test classes that the run trains on, if the data are here
-    if run.pack != t.pack or not pack_path(run.pack).is_file(): return 0
-    path, changed = _file(run.pack)
-    try: return len({*_split(path, changed, run.split).train} & {*_split(path, changed, t.split).test})
-    except ValueError: return 0  # told with the run or the task set
-
-def _images_fit(place: str, name: str, draft: Draft, t: TaskSet):  # yields a line for each problem
-    run, shape, (described, own) = draft.run, image_shape(t.pack), _described(draft.run)
-    seen = _seen_classes(run, t)
-    if seen: yield f"{place}.task_set: {seen} test classes of {name} are training classes of runs.{run.key}"
-    if shape is None: return
-    if shape[2] != own[2]:
-        trained = f"those that runs.{run.key} is trained on {own[2]}"
-        yield f"{place}.task_set: the images of {name} have {shape[2]} channels, {trained}"
-    elif why := _why_not(described, shape, t.way, t.shot):
-        yield f"{place}.task_set: runs.{run.key} can't be tested on {name}: {why}"
-
-def test_problems(run: Run, cell: Test, t: TaskSet):  # yields field, why
+def test_problems(
+    run: Run,    # is tested
+    cell: Test,  # in this way
+    t: TaskSet,  # on these tasks
+):  # yields field, why
     "Why the run can't be tested on the task set `t` in this way, whatever the images are."
     kind = find_method(run.method)
     if cell.inductive and not kind.transductive:
@@ -707,101 +991,180 @@ def test_problems(run: Run, cell: Test, t: TaskSet):  # yields field, why
         trained = f"runs.{run.key} is trained for {run.way} and {run.method} takes no other number"
         yield "task_set", f"{cell.task_set} has {t.way} ways, but {trained}"
 
-def _test_fits(
-    place: str,      # of the row
-    cell: Test,      # a test in it
-    drafts: dict,    # all runs
-    sets: dict,      # all task sets, None for those with problems
-    thorough: bool,  # try the network on the images
+# %% ../nbs/15_parameters.ipynb #cc7c2dd3
+def _seen_classes(run: Run, t: TaskSet) -> int:  # test classes that the run trains on, if the data are here
+    if run.pack != t.pack or not pack_path(run.pack).is_file(): return 0
+    path, changed = _file(run.pack)
+    try:
+        trained = _split(path, changed, run.split).train
+        tested = _split(path, changed, t.split).test
+    except ValueError: return 0  # reported with the run or the task set
+    return len(set(trained) & set(tested))
+
+
+# %% ../nbs/15_parameters.ipynb #f23c2c6f
+def _images_fit(
+    place: str,    # of the row
+    name: str,     # of the task set
+    draft: Draft,  # the run
+    t: TaskSet,    # on which it is tested
 ):  # yields a line for each problem
-    if cell.run and cell.run not in drafts:
-        yield f"{place}.run: there is no run {cell.run!r}{_nearest(cell.run, drafts)}"
-    if cell.task_set not in sets:
-        yield f"{place}.task_set: there is no task set {cell.task_set!r}{_nearest(cell.task_set, sets)}"
+    run, place = draft.run, f"{place}.task_set"
+    seen = _seen_classes(run, t)
+    if seen:
+        yield f"{place}: {seen} test classes of {name} are training classes of runs.{run.key}"
+    described, (*_, trained) = _described(run)
+    shape = image_shape(t.pack)
+    if shape is None: return
+    *_, channels = shape
+    if channels != trained:
+        those = f"those that runs.{run.key} is trained on {trained}"
+        yield f"{place}: the images of {name} have {channels} channels, {those}"
+        return
+    why = _why_not(described, shape, t.way, t.shot)
+    if why:
+        yield f"{place}: runs.{run.key} can't be tested on {name}: {why}"
+
+# %% ../nbs/15_parameters.ipynb #497eb587
+class _Known(NamedTuple):
+    drafts: dict    # all runs
+    sets: dict      # all task sets, None for those with problems
+    thorough: bool  # try networks on images
+
+def _test_names_known(place: str, cell: Test, known: _Known):  # yields a line for each unknown one
+    run, name = cell.run, cell.task_set
+    if run and run not in known.drafts:
+        hint = _nearest(run, known.drafts)
+        yield f"{place}.run: there is no run {run!r}{hint}"
+    if name not in known.sets:
+        hint = _nearest(name, known.sets)
+        yield f"{place}.task_set: there is no task set {name!r}{hint}"
+
+
+# %% ../nbs/15_parameters.ipynb #27e8348b
+def _test_fits(
+    place: str,     # of the row
+    cell: Test,     # in the row
+    known: _Known,  # runs and task sets
+):  # yields a line for each problem
+    drafts, sets, thorough = known
+    yield from _test_names_known(place, cell, known)
     draft, t = drafts.get(cell.run), sets.get(cell.task_set)
     if not draft or not t or not draft.builds(): return
     refused = dict(test_problems(draft.run, cell, t))
-    yield from (f"{place}.{field}: {why}" for field, why in refused.items())
-    if "task_set" not in refused and thorough and draft.fits: yield from _images_fit(place, cell.task_set, draft, t)
+    for field, why in refused.items():
+        yield f"{place}.{field}: {why}"
+    if "task_set" not in refused and thorough and draft.fits:
+        yield from _images_fit(place, cell.task_set, draft, t)
 
 # %% ../nbs/15_parameters.ipynb #5d0c1a23
-_PLAIN = ("run", "task_set", "for")
+_IN_ROWS = ("run", "task_set", "for")  # fields of a row that its `for` is about
 
-def _row_cells(place: str, fields: dict) -> tuple[list, list]:  # the fields of each of its tests, problems
-    named = {k: v for k, v in fields.items() if k in _PLAIN}
-    made, found = expand(place, "", named)
-    rest = {k: v for k, v in fields.items() if k not in _PLAIN}
-    return [rest | filled for _, filled in made], found
-
-def _row(place: str, fields: dict, sets: dict) -> tuple[Row | None, list, list]:  # and its tests, problems
-    expanded, found = _row_cells(place, fields)
+def _row_entries(
+    place: str,    # of the row
+    fields: dict,  # as they are written
+) -> tuple[list, list]:  # a RowEntry for each test, a line for every problem
+    naming = {k: v for k, v in fields.items() if k in _IN_ROWS}
+    labels = {k: v for k, v in fields.items() if k not in _IN_ROWS}
+    made, found = expand(place, "", naming)
     entries = []
-    for filled in expanded:
-        entry, lines, _ = _fields(place, RowEntry, filled)
+    for _, filled in made:
+        entry, lines, _ = _fields(place, RowEntry, labels | filled)
         found += lines
         entries.append(entry)
+    return entries, found
+
+# %% ../nbs/15_parameters.ipynb #bb938928
+def _kinds_of_tasks(entries: list, sets: dict) -> list:  # (way, shot), each once
+    kinds = set()
+    for entry in entries:
+        t = sets.get(entry.task_set)
+        if t: kinds.add((t.way, t.shot))
+    return sorted(kinds)
+
+def _row(
+    place: str,    # of the row
+    fields: dict,  # as they are written
+    sets: dict,    # all task sets, None for those with problems
+) -> tuple[Row | None, list, list]:  # the row, its tests, a line for every problem
+    entries, found = _row_entries(place, fields)
     if found or None in entries: return None, [], found
     tests = [Test(e.run or "", e.task_set, e.inductive) for e in entries]
-    known = [sets[e.task_set] for e in entries if sets.get(e.task_set)]
-    kinds = sorted({(t.way, t.shot) for t in known})
-    if len(kinds) > 1: found.append(f"{place}.task_set: one row can't have tests of the (way, shot) {kinds}")
+    kinds = _kinds_of_tasks(entries, sets)
     if not kinds: return None, tests, found
-    label = entries[0].model_dump(exclude={"run", "task_set"})
-    row = Row(**label, way=kinds[0][0], shot=kinds[0][1], cells=[t for t in tests if t.run])
-    return row, tests, found
+    if len(kinds) > 1:
+        need = "the tests of a row need one (way, shot)"
+        found.append(f"{place}.task_set: {need}, and these have {kinds}")
+    labels = entries[0].model_dump(exclude={"run", "task_set"})
+    cells = [test for test in tests if test.run]
+    way, shot = kinds[0]
+    return Row(**labels, way=way, shot=shot, cells=cells), tests, found
 
 # %% ../nbs/15_parameters.ipynb #5d0c1a26
 class ReportEntry(BaseModel):
-    "A report as it stands in params.yaml."
+    "A report as it is written in params.yaml."
     model_config = ConfigDict(extra="forbid", strict=True)
     answers: bool = False
     rows: list[dict]
 
 _SHOWN = ("method", "variant", "backbone", "dataset", "way", "shot", "inductive")
 
-def _duplicates(name: str, rows: list):  # of (number, Row); yields a line for each
+def _duplicates(name: str, rows: dict):  # of number -> Row; yields a line for each
     labels, cells = {}, {}
-    for i, row in rows:
+    for i, row in rows.items():
         place = f"reports.{name}.row {i}"
         label = tuple(getattr(row, k) for k in _SHOWN)
         first = labels.setdefault(label, i)
-        if row.method and first != i: yield f"{place}.variant: duplicate, it reads like row {first}"
+        if row.method and first != i:
+            yield f"{place}.variant: duplicate, it reads like row {first}"
         for cell in row.cells:
-            if cell in cells: yield f"{place}.run: duplicate, {cell.name} stands in row {cells[cell]}"
+            if cell in cells:
+                yield f"{place}.run: duplicate, {cell.name} is in row {cells[cell]} already"
             cells.setdefault(cell, i)
 
+# %% ../nbs/15_parameters.ipynb #52e89405
+def _rows(
+    place: str,      # of the report
+    written: list,   # the fields of each row
+    known: _Known,   # runs and task sets
+) -> tuple[dict, list]:  # number -> Row, a line for every problem
+    rows, found = {}, []
+    for i, fields in enumerate(written, 1):
+        here = f"{place}.row {i}"
+        row, tests, lines = _row(here, fields, known.sets)
+        found += lines
+        for cell in tests: found += _test_fits(here, cell, known)
+        if row: rows[i] = row
+    return rows, found
+
+# %% ../nbs/15_parameters.ipynb #9dc7af14
 def _report(
-    name: str,       # of the report
-    fields: dict,    # its entry
-    drafts: dict,    # all runs
-    sets: dict,      # all task sets, None for those with problems
-    thorough: bool,  # try networks on the images
-) -> tuple[Report | None, list]:  # the report, its problems
+    name: str,      # of the report
+    fields: dict,   # its entry
+    known: _Known,  # runs and task sets
+) -> tuple[Report | None, list]:  # the report, a line for every problem
     place = f"reports.{name}"
     entry, found, _ = _fields(place, ReportEntry, fields)
-    if not (root() / "nbs" / "results" / f"{name}.ipynb").is_file():
+    notebook = root() / "nbs" / "results" / f"{name}.ipynb"
+    if not notebook.is_file():
         found.append(f"{place}: there is no notebook nbs/results/{name}.ipynb")
     if not entry: return None, found
-    rows = []
-    for i, row_fields in enumerate(entry.rows, 1):
-        row, tests, lines = _row(f"{place}.row {i}", row_fields, sets)
-        found += lines
-        for cell in tests: found += _test_fits(f"{place}.row {i}", cell, drafts, sets, thorough)
-        if row: rows.append((i, row))
+    rows, lines = _rows(place, entry.rows, known)
+    found += lines
     found += _duplicates(name, rows)
-    report = Report(answers=entry.answers, rows=[row for _, row in rows])
-    if not any("run" in row_fields for row_fields in entry.rows):
+    if not any("run" in fields for fields in entry.rows):
         found.append(f"{place}: no row names a run")
+    report = Report(answers=entry.answers, rows=list(rows.values()))
     return report, found
 
 # %% ../nbs/15_parameters.ipynb #5d0c1a28
-def _recipes_of(entries: dict) -> tuple[set, list]:  # (recipe, field) of those that are wrong, problems
-    bad, found = set(), []
+def _recipes_of(entries: dict) -> tuple[_Recipes, list]:  # the recipes, a line for every problem
+    wrong, found = set(), []
     for name, fields in entries.items():
-        _, lines, wrong = _fields(f"recipes.{name}", Recipe, fields, partial=True)
+        _, lines, fields_with_problems = _fields(f"recipes.{name}", Recipe, fields, partial=True)
         found += lines
-        bad |= {(name, field) for field in wrong}
-    return bad, found
+        wrong |= {(name, field) for field in fields_with_problems}
+    return _Recipes(entries, wrong), found
 
 def _task_sets_of(entries: dict) -> tuple[dict, list]:  # the task sets, None for unsound ones, problems
     sets, found = {}, []
@@ -811,43 +1174,56 @@ def _task_sets_of(entries: dict) -> tuple[dict, list]:  # the task sets, None fo
         if sets[name]: found += _set_fits(name, sets[name])
     return sets, found
 
-def _networks_of(entries: dict, recipes: dict) -> list:  # problems
+# %% ../nbs/15_parameters.ipynb #254b2a66
+def _network_problems(
+    place: str,     # of the network
+    fields: dict,   # its entry
+    recipes: dict,  # all recipes by their names
+) -> list:  # a line for each
+    kind, found = _method_of(place, fields)
+    model = _model_of(fields, kind)
+    given = {k: v for k, v in fields.items() if k != "recipe"}
+    _, lines, wrong = _fields(place, model, given, partial=True)
+    found += lines
+    sound = {k: v for k, v in given.items() if k not in wrong}
+    found += _names_known(place, sound, kind)
+    if "recipe" not in fields: return found
+    _, lines = _stage_names(place, fields["recipe"], recipes, kind)
+    return found + lines
+
+def _networks_of(entries: dict, recipes: _Recipes) -> list:  # a line for every problem
     found = []
     for name, fields in entries.items():
-        place = f"networks.{name}"
-        kind, lines = _method_of(place, fields)
-        found += lines
-        given = {k: v for k, v in fields.items() if k != "recipe"}
-        model = run_model(_method_name(fields)) if kind else Run
-        _, lines, wrong = _fields(place, model, given, partial=True)
-        found += lines
-        found += _names_known(place, {k: v for k, v in given.items() if k not in wrong}, kind)
-        if "recipe" in fields: found += _stage_names(place, fields["recipe"], recipes, kind)[1]
+        found += _network_problems(f"networks.{name}", fields, recipes.entries)
     return found
 
-def _runs_of(entries: dict, recipes: dict, bad: set, thorough: bool) -> tuple[dict, list]:  # drafts, problems
+# %% ../nbs/15_parameters.ipynb #2dd1bc75
+def _runs_of(
+    entries: dict,      # of the section
+    recipes: _Recipes,  # all recipes
+    thorough: bool,     # try networks and data
+) -> tuple[dict, list]:  # key -> Draft, a line for every problem
     drafts, found = {}, []
     for key, fields in entries.items():
-        draft, lines = _drafted(key, fields, recipes, bad)
+        draft, lines = _drafted(key, fields, recipes)
         if thorough and draft.run: lines += _run_fits(draft)
         drafts[key] = draft._replace(fits=not lines)
         found += lines
-    return drafts, found + list(_starts_fit(drafts, thorough))
+    found += _starts_fit(drafts, thorough)
+    return drafts, found
 
-def _reports_of(
-    entries: dict,   # of the section
-    drafts: dict,    # all runs
-    sets: dict,      # all task sets
-    thorough: bool,  # try networks on the images of their tests
-) -> tuple[dict, list]:  # the reports, problems
+def _reports_of(entries: dict, known: _Known) -> tuple[dict, list]:  # the reports, a line for every problem
     reports, found = {}, []
     for name, fields in entries.items():
-        reports[name], lines = _report(name, fields, drafts, sets, thorough)
+        reports[name], lines = _report(name, fields, known)
         found += lines
     return reports, found
 
 # %% ../nbs/15_parameters.ipynb #5d0c1a29
-def problems_of(raw, thorough: bool = True) -> tuple[Params | None, list]:
+def problems_of(
+    raw,                    # what the file says
+    thorough: bool = True,  # try runs and tests with their data and networks
+) -> tuple[Params | None, list]:  # None if there are problems; a line for each
     """The validated parameters, and a line for every problem in them.
     Without `thorough`, runs and tests are not tried with their data and networks."""
     sections, found = _sections(raw)
@@ -855,40 +1231,51 @@ def problems_of(raw, thorough: bool = True) -> tuple[Params | None, list]:
     for section, entries in sections.items():
         good[section], lines = _entries(section, entries)
         found += lines
-    recipes = good["recipes"]
-    bad, of_recipes = _recipes_of(recipes)
+    recipes, of_recipes = _recipes_of(good["recipes"])
     sets, of_sets = _task_sets_of(good["task_sets"])
     of_networks = _networks_of(good["networks"], recipes)
-    drafts, of_runs = _runs_of(good["runs"], recipes, bad, thorough)
-    reports, of_reports = _reports_of(good["reports"], drafts, sets, thorough)
-    found = list(dict.fromkeys([*found, *of_recipes, *of_sets, *of_networks, *of_runs, *of_reports]))
-    if found: return None, found
-    return Params(runs={key: draft.run for key, draft in drafts.items()}, task_sets=sets, reports=reports), []
+    drafts, of_runs = _runs_of(good["runs"], recipes, thorough)
+    reports, of_reports = _reports_of(good["reports"], _Known(drafts, sets, thorough))
+    found += of_recipes + of_sets + of_networks + of_runs + of_reports
+    if found: return None, list(dict.fromkeys(found))
+    runs = {key: draft.run for key, draft in drafts.items()}
+    params = Params(runs=runs, task_sets=sets, reports=reports)
+    return params, []
 
 # %% ../nbs/15_parameters.ipynb #b88d4d1e
-def load_params(path=None, thorough: bool = True) -> Params:
-    """The validated `params.yaml`; with problems, a `ValueError` that lists all of them.
-    `stanet check` and the pipeline's first stage are `thorough`, what follows them need not be."""
+def _read(path: Path) -> tuple[object, list]:  # what the file says, a line for every problem with reading it
+    try: text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error: return None, [f"not a text: {in_one_line(error)}"]
+    return read_yaml(text)
+
+def load_params(
+    path=None,              # the file; None: that of the project
+    thorough: bool = True,  # try networks and data
+) -> Params:
+    """The validated `params.yaml`.
+    Problems raise one `ValueError` that lists all of them, a missing file a `FileNotFoundError`."""
     path = Path(path or root() / "params.yaml")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; `stanet` works in the project's folder")
-    try: raw, found = read_yaml(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error: raw, found = None, [f"not a text: {in_one_line(error)}"]
-    params, more = problems_of(raw, thorough) if raw is not None or not found else (None, [])
-    found += more
+    raw, found = _read(path)
+    params = None
+    if raw is not None or not found:
+        params, more = problems_of(raw, thorough)
+        found += more
     if not found: return params
     count = f"{len(found)} problem{'s' * (len(found) > 1)}"
-    raise ValueError(f"{path.name}: {count}\n" + "\n".join(f"  {line}" for line in found))
+    lines = "\n".join(f"  {line}" for line in found)
+    raise ValueError(f"{path.name}: {count}\n{lines}")
 
 # %% ../nbs/15_parameters.ipynb #af7511dc
 def find_run(key: str) -> Run:
     "The run `key` of params.yaml. An unknown one raises a `ValueError`."
     runs = load_params(thorough=False).runs
-    if key not in runs: raise ValueError(f"no run {key!r} in params.yaml; there are {', '.join(runs)}")
-    return runs[key]
+    if key in runs: return runs[key]
+    raise ValueError(f"no run {key!r} in params.yaml; there are {', '.join(runs)}")
 
 def find_test(name: str) -> Test:
     "The test `name`, as in RUN-on-SET, of the reports of params.yaml. An unknown one raises a `ValueError`."
     tests = load_params(thorough=False).tests
-    if name not in tests: raise ValueError(f"no test {name!r} in params.yaml; there are {', '.join(tests)}")
-    return tests[name]
+    if name in tests: return tests[name]
+    raise ValueError(f"no test {name!r} in params.yaml; there are {', '.join(tests)}")

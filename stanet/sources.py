@@ -11,316 +11,639 @@ __all__ = ['OMNIGLOT', 'PICKLED', 'CIFAR100', 'MINI_IMAGENET', 'IMAGE_SUFFIXES',
 # %% ../nbs/02_sources.ipynb #ecaf6f4d
 import csv, pickle, re, unicodedata, warnings
 from collections import Counter
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
-from .packs import Pack, pack_digest
+from .packs import Pack, in_one_line, pack_digest
 
 # %% ../nbs/02_sources.ipynb #cb0648cb
-def _upright(image, mode):
+def _upright(image: Image.Image, mode: str) -> Image.Image:
     if image.mode[0] in "IF": raise ValueError(f"{image.mode} is more than 8 bits a channel")
     image = ImageOps.exif_transpose(image)
-    if image.has_transparency_data: image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
     return image.convert(mode)
 
-def decode(path, size: int, mode: str) -> np.ndarray:  # uint8 (size, size, c)
-    "One image file, resized to `size` with Lanczos resampling if it has another size. A file that is no image raises a `ValueError` that names it."
+def decode(
+    path,  # of the image file
+    size: int,  # pixels a side
+    mode: str,  # "L" for grey, "RGB" for colour
+) -> np.ndarray:  # uint8 (size, size, c)
+    """One image file, resized with Lanczos resampling if it has another size.
+
+    A file that is no image, or has more pixels than Pillow's limit of 89 million, raises a `ValueError`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image: image = _upright(image, mode)
-        if image.size != (size, size): image = image.resize((size, size), Image.Resampling.LANCZOS)
+        if image.size != (size, size):
+            image = image.resize((size, size), Image.Resampling.LANCZOS)
     except Exception as error:  # a broken image may raise anything
-        raise ValueError(f"{path}: not a readable image ({' '.join(str(error).split())}); replace or remove the file") from None
+        why = f"not a readable image ({in_one_line(error)})"
+        raise ValueError(f"{path}: {why}; replace or remove the file") from None
     return np.asarray(image).reshape(size, size, -1)
 
-# %% ../nbs/02_sources.ipynb #8f61e63c
-def read_files(name: str, files: list, size: int, mode: str, parent_of=None) -> Pack:  # files: (class name, file name, path)
-    "The pack of image files, sorted by class and file name; `parent_of` maps a class name to its parent category."
-    files = sorted(files, key=lambda f: f[:2])
-    if not 4 <= size <= 1024: raise ValueError(f"{name}: size {size} is not between 4 and 1024 pixels")
-    for before, after in zip(files, files[1:]):
-        if before[:2] == after[:2]: raise ValueError(f"{after[2]}: the class {after[0]!r} has two files of that name; keep one of them")
-    classes = sorted({c for c, *_ in files})
-    images = np.empty((len(files), size, size, {"L": 1, "RGB": 3}[mode]), dtype=np.uint8)
-    bad = []
-    for i, (*_, path) in enumerate(tqdm(files, desc=f"importing {name}", disable=None, unit="image")):
+# %% ../nbs/02_sources.ipynb #65141993
+def _unreadable(bad: list) -> str:  # the message of the first bad file, and the names of the others
+    paths, messages = zip(*bad)
+    others = ", ".join(str(path) for path in paths[1:20])
+    if not others: return messages[0]
+    if len(bad) > 20: others += " and more"
+    return f"{messages[0]}; unreadable too: {others}"
+
+def _decode_all(
+    name: str,  # of the data set
+    paths: list,
+    size: int,  # pixels a side
+    mode: str,  # "L" or "RGB"
+) -> np.ndarray:  # uint8 (n, size, size, c)
+    channels = {"L": 1, "RGB": 3}[mode]
+    images = np.empty((len(paths), size, size, channels), dtype=np.uint8)
+    bad = []  # (path, message) of each file that can't be read
+    for i, path in enumerate(tqdm(paths, desc=f"importing {name}", disable=None, unit="image")):
         try: images[i] = decode(path, size, mode)
         except ValueError as error: bad.append((path, str(error)))
         if len(bad) > 20: break
-    if bad: raise ValueError(bad[0][1] + f"; so are {', '.join(str(p) for p, _ in bad[1:20])}" * (len(bad) > 1) + " and more" * (len(bad) > 20))
+    if bad: raise ValueError(_unreadable(bad))
+    return images
+
+# %% ../nbs/02_sources.ipynb #8f61e63c
+def _sorted_files(files: list) -> list:  # by class and file name
+    files = sorted(files, key=lambda f: f[:2])
+    for before, after in zip(files, files[1:]):
+        if before[:2] != after[:2]: continue
+        why = f"the class {after[0]!r} has two files of that name"
+        raise ValueError(f"{after[2]}: {why}; keep one of them")
+    return files
+
+def read_files(
+    name: str,  # of the data set
+    files: list,  # (class name, file name, path) of each image, in any order
+    size: int,  # pixels a side, 4 to 1024
+    mode: str,  # "L" for grey, "RGB" for colour
+    parent_of=None,  # class name -> parent category; without it, each class is its own parent
+) -> Pack:
+    """The pack of image files, sorted by class and file name.
+
+    A size out of range, duplicate names and files that can't be read raise a `ValueError`."""
+    if not 4 <= size <= 1024:
+        raise ValueError(f"{name}: size {size} is not between 4 and 1024 pixels")
+    files = _sorted_files(files)
+    classes = sorted({c for c, _, _ in files})
+    images = _decode_all(name, [path for _, _, path in files], size, mode)
+
     index = {c: i for i, c in enumerate(classes)}
-    labels = torch.tensor([index[c] for c, *_ in files], dtype=torch.int64)
-    return Pack(torch.from_numpy(images), labels, classes, [parent_of(c) if parent_of else c for c in classes], name=name)
+    labels = torch.tensor([index[c] for c, _, _ in files], dtype=torch.int64)
+    parents = [parent_of(c) for c in classes] if parent_of else list(classes)
+    return Pack(torch.from_numpy(images), labels, classes, parents, name=name)
 
 # %% ../nbs/02_sources.ipynb #59702814
 OMNIGLOT = {"background": 964, "evaluation": 659}  # characters in each half
 
-def read_omniglot(folder, size: int = 28) -> Pack:
-    "Omniglot from the folder with `images_background` and `images_evaluation`, or from the one above it. A half that is missing or incomplete raises an error."
-    folder = Path(folder)
-    root = folder / "omniglot-py" if (folder / "omniglot-py").is_dir() else folder
+def _omniglot_half(root: Path, half: str) -> list:  # (class name, file name, path) of each image
     files = []
-    for half, count in OMNIGLOT.items():
-        found = [(f"{half}/{p.parent.parent.name}/{p.parent.name}", p.name, p) for p in root.glob(f"images_{half}/*/*/*.png")]
-        characters = len({c for c, *_ in found})
+    for path in root.glob(f"images_{half}/*/*/*.png"):
+        alphabet, character = path.parts[-3:-1]
+        files.append((f"{half}/{alphabet}/{character}", path.name, path))
+    return files
+
+def _alphabet(class_name: str) -> str: return class_name.split("/")[1]
+
+# %% ../nbs/02_sources.ipynb #36a62adc
+def _unpacked(folder, inner: str) -> Path:  # the folder `inner` of an archive that was unpacked in `folder`
+    folder = Path(folder)
+    return folder / inner if (folder / inner).is_dir() else folder
+
+def read_omniglot(
+    folder,  # with `images_background` and `images_evaluation`, or the one above it
+    size: int = 28,  # pixels a side
+    expected: dict = OMNIGLOT,  # characters in each half
+) -> Pack:
+    "Omniglot from its official files. A half that is missing or incomplete raises a `ValueError`."
+    root, files = _unpacked(folder, "omniglot-py"), []
+    for half, count in expected.items():
+        found = _omniglot_half(root, half)
+        characters = len({c for c, _, _ in found})
         if (characters, len(found)) != (count, 20 * count):
-            raise ValueError(f"{root / f'images_{half}'}: {characters} characters and {len(found)} images found, Omniglot has {count} and {20 * count}; unpack images_{half}.zip there")
+            raise ValueError(
+                f"{root}/images_{half}: {characters} characters and {len(found)} images found, "
+                f"Omniglot has {count} and {20 * count}; unpack images_{half}.zip there")
         files += found
-    return read_files("omniglot", files, size, "L", parent_of=lambda c: c.split("/")[1])
+    return read_files("omniglot", files, size, "L", parent_of=_alphabet)
 
 # %% ../nbs/02_sources.ipynb #24e681c3
 def download_omniglot(folder) -> Path:
-    "Download the two official archives through torchvision, which checks their MD5, and unpack them under `folder`."
+    "Download the two official archives and unpack them below `folder`."
     from torchvision.datasets import Omniglot
     for background in (True, False): Omniglot(folder, background=background, download=True)
     return Path(folder)
 
 # %% ../nbs/02_sources.ipynb #b9c44f2c
-class _Kind:
-    "Stands for a numpy type in a pickle: plain numbers only."
-    def __init__(self, code, *_):
-        if not re.fullmatch(r"[buif][1248]", code := _text(code)): raise ValueError(f"an array of type {code!r}")
-        self.dtype = np.dtype(code)
-    def __setstate__(self, state):
-        if _text(state[1]) in "<>": self.dtype = self.dtype.newbyteorder(_text(state[1]))
+def _text(value) -> str: return value.decode() if isinstance(value, bytes) else str(value)
 
-class _Array:
-    "Stands for a numpy array in a pickle: `array` is its content."
+class _NumpyType:
+    "What a numpy type in a pickle becomes: plain numbers only."
+    def __init__(self, code, *_):
+        code = _text(code)  # kind and bytes, such as "u1"
+        if not re.fullmatch(r"[buif][1248]", code): raise ValueError(f"an array of type {code!r}")
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state):
+        order = _text(state[1])  # "<" or ">" where the order of bytes matters
+        if order in "<>": self.dtype = self.dtype.newbyteorder(order)
+
+def _array(content, kind: _NumpyType, shape=(), order="C") -> np.ndarray:
+    return np.frombuffer(content, kind.dtype).reshape(shape, order=order)
+
+class _NumpyArray:
+    "What a numpy array in a pickle becomes: `array` is its content."
     def __setstate__(self, state):
         _, shape, kind, fortran, content = state
-        self.array = _view(content, kind, shape, "F" if fortran else "C")
-
-def _text(value): return value.decode() if isinstance(value, bytes) else str(value)
-
-def _view(content, kind, shape=(), order="C"): return np.frombuffer(content, kind.dtype).reshape(shape, order=order)
+        self.array = _array(content, kind, shape, "F" if fortran else "C")
 
 # %% ../nbs/02_sources.ipynb #546805fb
-PICKLED = {"numpy ndarray": _Array, "numpy dtype": _Kind, "_codecs encode": lambda text, *_: text.encode("latin1"), "__builtin__ set": set, "builtins set": set, "collections OrderedDict": dict}
-for _core in ("numpy.core", "numpy._core"):  # where numpy keeps these, before and since version 2
-    PICKLED |= {f"{_core}.multiarray _reconstruct": lambda *_: _Array(), f"{_core}.multiarray scalar": lambda kind, content: _view(content, kind)[()], f"{_core}.numeric _frombuffer": _view}
+def _latin1(text, *_): return text.encode("latin1")  # how protocol 2 writes bytes
+def _empty(*_): return _NumpyArray()  # filled by its `__setstate__`
+def _number(kind, content): return _array(content, kind)[()]
 
+PICKLED = {  # "module name" in a pickle -> what is called in its place
+    "numpy ndarray": _NumpyArray,
+    "numpy dtype": _NumpyType,
+    "_codecs encode": _latin1,
+    "__builtin__ set": set,
+    "builtins set": set,
+    "collections OrderedDict": dict,
+}
+for _core in ("numpy.core", "numpy._core"):  # where numpy keeps these, before and since version 2
+    PICKLED[f"{_core}.multiarray _reconstruct"] = _empty
+    PICKLED[f"{_core}.multiarray scalar"] = _number
+    PICKLED[f"{_core}.numeric _frombuffer"] = _array
+
+# %% ../nbs/02_sources.ipynb #7b35006b
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module, name):
+        "What a pickle gets for a name. One that is not in `PICKLED` raises an `UnpicklingError`."
         if f"{module} {name}" in PICKLED: return PICKLED[f"{module} {name}"]
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, and only arrays and plain containers are read")
+        raise pickle.UnpicklingError(
+            f"it asks for {module}.{name}, and only arrays and plain containers are read")
 
 def read_pickle(path) -> dict:  # text -> content
-    "The dictionary in a pickle file of arrays and plain containers. Any other file raises a `ValueError` that names it, and no code of it runs."
+    """The dictionary in a pickle file of arrays and plain containers.
+
+    Any other file raises a `ValueError` that names it, and no code of it runs."""
     try:
         with open(path, "rb") as f: content = _Unpickler(f, encoding="bytes").load()
         return {_text(k): getattr(v, "array", v) for k, v in content.items()}
-    except FileNotFoundError: raise ValueError(f"{path}: no such file; get it again") from None
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; get it again") from None
     except Exception as error:  # a broken pickle may raise anything
-        raise ValueError(f"{path}: not a readable pickle ({type(error).__name__}: {' '.join(str(error).split())[:200]}); get the file again") from None
+        why = f"{type(error).__name__}: {in_one_line(error)[:200]}"
+        raise ValueError(f"{path}: not a readable pickle ({why}); get the file again") from None
 
 # %% ../nbs/02_sources.ipynb #7e62d42e
 CIFAR100 = {"classes": 100, "parents": 20, "images": 600}  # images a class
 
-def _cifar_rows(folder):  # -> images (n, 32, 32, 3) of each file, and (class, file name, parent, file, row) of each image
+def _cifar_file(path) -> tuple[np.ndarray, list]:  # images (n, 32, 32, 3); two labels and name of each
+    content = read_pickle(path)
+    data = content["data"]
+    columns = [content[k] for k in ("fine_labels", "coarse_labels", "filenames")]
+    lengths = [len(c) for c in columns]
+    right = (data.dtype, data.shape) == (np.uint8, (lengths[0], 3072))
+    if not right or len(set(lengths)) > 1:
+        counts = ", ".join(str(n) for n in lengths)
+        raise TypeError(f"{path.name} holds {data.dtype} {data.shape} and {counts} labels and names")
+    images = data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    return images, list(zip(*columns))
+
+# %% ../nbs/02_sources.ipynb #36936fdf
+class _CifarImage(NamedTuple):  # sorted in the order of these fields
+    class_name: str
+    file_name: str
+    parent: str
+    part: int  # the file that it is in: 0 for `train`, 1 for `test`
+    row: int  # its row there
+
+def _cifar_list(folder: Path) -> tuple[list, list]:  # the images of each file; a `_CifarImage` for each
     meta = read_pickle(folder / "meta")
-    fine, coarse = ([_text(n) for n in meta[f"{level}_label_names"]] for level in ("fine", "coarse"))
-    images, rows = [], []
+    fine = [_text(n) for n in meta["fine_label_names"]]
+    coarse = [_text(n) for n in meta["coarse_label_names"]]
+    parts, listed = [], []
     for part, name in enumerate(("train", "test")):
-        content = read_pickle(folder / name)
-        data, *columns = (content[k] for k in ("data", "fine_labels", "coarse_labels", "filenames"))
-        if (data.dtype, data.shape) != (np.uint8, (len(columns[0]), 3072)) or len({*map(len, columns)}) > 1: raise TypeError(f"{name} holds {data.dtype} {data.shape} and {', '.join(str(len(c)) for c in columns)} labels and names")
-        images.append(data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
-        rows += [(fine[f], _text(n), coarse[c], part, i) for i, (f, c, n) in enumerate(zip(*columns))]
-    return images, sorted(rows)
+        images, labels = _cifar_file(folder / name)
+        parts.append(images)
+        for row, (f, c, file_name) in enumerate(labels):
+            listed.append(_CifarImage(fine[f], _text(file_name), coarse[c], part, row))
+    return parts, sorted(listed)
+
+# %% ../nbs/02_sources.ipynb #c7918202
+def _cifar_problems(listed: list, expected: dict):  # yields one line for each thing that is wrong
+    sizes = Counter(image.class_name for image in listed)
+    parents = {(image.class_name, image.parent) for image in listed}
+    names = {(image.class_name, image.file_name) for image in listed}
+    found = {
+        "classes": len(sizes),
+        "parents": len({parent for _, parent in parents}),
+        "images": min(sizes.values(), default=0),
+    }
+    total = expected["classes"] * expected["images"]
+    if found != expected or len(listed) != total:
+        yield f"{len(listed)} images with {found}; CIFAR-100 has {total} with {expected}"
+    if len(parents) > len(sizes): yield "a class has images of two parents"
+    if len(names) < len(listed): yield "a class has two images of one file name"
+
+def _check_cifar_files(folder: Path):  # raises a `ValueError` if one is missing
+    for name in ("meta", "train", "test"):
+        if (folder / name).is_file(): continue
+        raise ValueError(f"{folder}: no file {name!r}; CIFAR-100 has meta, train and test: "
+                         "unpack cifar-100-python.tar.gz there")
 
 # %% ../nbs/02_sources.ipynb #5e1ff9a3
-def read_cifar100(folder, expected: dict = CIFAR100) -> Pack:
-    "CIFAR-100 from the folder with the official files `meta`, `train` and `test`, or from the one above it. Whatever deviates from their schema, or from the `expected` numbers, raises a `ValueError`."
-    folder = Path(folder) / "cifar-100-python" if (Path(folder) / "cifar-100-python").is_dir() else Path(folder)
-    if missing := [n for n in ("meta", "train", "test") if not (folder / n).is_file()]: raise ValueError(f"{folder}: no file {missing[0]!r}; CIFAR-100 has meta, train and test: unpack cifar-100-python.tar.gz there")
-    try: parts, rows = _cifar_rows(folder)
-    except (KeyError, IndexError, TypeError, AttributeError, UnicodeDecodeError) as error: raise ValueError(f"{folder}: not the schema of CIFAR-100 ({type(error).__name__}: {error}); get cifar-100-python.tar.gz again") from None
-    sizes, parent = Counter(r[0] for r in rows), {(r[0], r[2]) for r in rows}
-    found = {"classes": len(sizes), "parents": len({p for _, p in parent}), "images": min(sizes.values(), default=0)}
-    if found != expected or len(parent) > len(sizes) or len({r[:2] for r in rows}) != expected["classes"] * expected["images"] or len(rows) > len({r[:2] for r in rows}):
-        raise ValueError(f"{folder}: {len(rows)} images with {found}, or a class of two parents, or a file name twice; CIFAR-100 has {expected}; get cifar-100-python.tar.gz again")
-    images = np.empty((len(rows), 32, 32, 3), dtype=np.uint8)
-    for i, (*_, part, row) in enumerate(tqdm(rows, desc="importing cifar100", disable=None, unit="image")): images[i] = parts[part][row]
-    index = {c: i for i, (c, _) in enumerate(sorted(parent))}
-    return Pack(torch.from_numpy(images), torch.tensor([index[r[0]] for r in rows]), *map(list, zip(*sorted(parent))), name="cifar100")
+def _cifar_pack(parts: list, listed: list) -> Pack:
+    images = np.empty((len(listed), 32, 32, 3), dtype=np.uint8)
+    for i, image in enumerate(tqdm(listed, desc="importing cifar100", disable=None, unit="image")):
+        images[i] = parts[image.part][image.row]
+    families = sorted({(image.class_name, image.parent) for image in listed})
+    classes, parents = [c for c, _ in families], [p for _, p in families]
+    index = {c: i for i, c in enumerate(classes)}
+    labels = torch.tensor([index[image.class_name] for image in listed])
+    return Pack(torch.from_numpy(images), labels, classes, parents, name="cifar100")
+
+def read_cifar100(
+    folder,  # with the official files `meta`, `train` and `test`, or the one above it
+    expected: dict = CIFAR100,  # numbers of classes and parents, and of images a class
+) -> Pack:
+    "CIFAR-100 from its official files. Another schema, or other numbers, raise a `ValueError`."
+    folder = _unpacked(folder, "cifar-100-python")
+    _check_cifar_files(folder)
+    try: parts, listed = _cifar_list(folder)
+    except (KeyError, IndexError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        why = f"not the schema of CIFAR-100 ({type(error).__name__}: {error})"
+        raise ValueError(f"{folder}: {why}; get cifar-100-python.tar.gz again") from None
+    for problem in _cifar_problems(listed, expected):
+        raise ValueError(f"{folder}: {problem}; get cifar-100-python.tar.gz again")
+    return _cifar_pack(parts, listed)
 
 # %% ../nbs/02_sources.ipynb #59bafa69
 def download_cifar100(folder) -> Path:
-    "Download the official archive through torchvision, which checks its MD5, and unpack it under `folder`."
+    "Download the official archive through torchvision, which checks its MD5, and unpack it below `folder`."
     from torchvision.datasets import CIFAR100 as Official
     Official(folder, download=True)
     return Path(folder)
 
 # %% ../nbs/02_sources.ipynb #df0d0b1e
 MINI_IMAGENET = {"classes": 100, "images": 600}  # images a class
+_PARTS = ("train", "val", "test")
 
-def _mini_listed(folder) -> list:  # (class, file name) of each line of the three lists
-    listed = []
-    for path in (folder / f"{part}.csv" for part in ("train", "val", "test")):
-        try: rows = list(csv.reader(path.read_text(encoding="utf-8-sig", errors="replace").splitlines()))
-        except csv.Error as error: raise ValueError(f"{path}: not a readable list ({error}); get Ravi and Larochelle's lists again") from None
-        if not rows or rows[0] != ["filename", "label"]: raise ValueError(f"{path}: its first line is not 'filename,label'; get Ravi and Larochelle's lists again")
-        odd = next((i for i, row in enumerate(rows) if i and not (len(row) == 2 and re.fullmatch(r"n\d{16}\.jpg", row[0]) and row[0].startswith(row[1]) and len(row[1]) == 9)), None)
-        if odd: raise ValueError(f"{path}: line {odd + 1} is {','.join(rows[odd])!r}, not a file such as n0153282900000005.jpg and its class n01532829; get Ravi and Larochelle's lists again")
-        listed += [(label, name) for name, label in rows[1:]]
-    return listed
+def _is_listed(line: list) -> bool:  # ["n0153282900000005.jpg", "n01532829"]
+    if len(line) != 2: return False
+    name, label = line
+    named = re.fullmatch(r"n\d{16}\.jpg", name)
+    return bool(named) and len(label) == 9 and name.startswith(label)
+
+def _read_list(path: Path) -> list:  # (class, file name) of each line
+    again = "get Ravi and Larochelle's lists again"
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    try: lines = list(csv.reader(text.splitlines()))
+    except csv.Error as error:
+        raise ValueError(f"{path}: not a readable list ({error}); {again}") from None
+    if not lines or lines[0] != ["filename", "label"]:
+        raise ValueError(f"{path}: its first line is not 'filename,label'; {again}")
+    for number, line in enumerate(lines[1:], start=2):
+        if _is_listed(line): continue
+        example = "not a file such as n0153282900000005.jpg and its class n01532829"
+        raise ValueError(f"{path}: line {number} is {','.join(line)!r}, {example}; {again}")
+    return [(label, name) for name, label in lines[1:]]
 
 # %% ../nbs/02_sources.ipynb #83642560
-def _mini_files(folder):  # (class, file name, path) of each image, or None where the folder is laid out in another way
-    if not all((folder / f"{part}.csv").is_file() for part in ("train", "val", "test")): return None
-    listed = _mini_listed(folder)
+def _image_number(path: Path) -> str: return path.stem[10:]  # of n01532829_17.JPEG: "17"
+
+def _in_order(tree: Path, label: str) -> list:  # the images of a class in ILSVRC, by their number
+    paths = (tree / label).glob(f"{label}_*.JPEG")
+    numbered = [path for path in paths if _image_number(path).isdecimal()]
+    return sorted(numbered, key=lambda path: int(_image_number(path)))
+
+def _files_in_tree(tree: Path, listed: list) -> list:  # (class, file name, path) of each image
+    labels = {label for label, _ in listed}
+    images = {label: _in_order(tree, label) for label in labels}
+    files = []
+    for label, name in listed:
+        n = int(name[9:17])  # of n0153282900000005.jpg: 5
+        of_class = images[label]
+        if 1 <= n <= len(of_class): path = of_class[n - 1]
+        else: path = tree / label / f"image number {n} of {len(of_class)}"  # is missing and reported so
+        files.append((label, name, path))
+    return files
+
+# %% ../nbs/02_sources.ipynb #b978bb48
+_ILSVRC = (".", "images", "train", "ILSVRC2012_img_train", "ILSVRC/Data/CLS-LOC/train")
+
+def _mini_files(folder: Path) -> list | None:  # (class, file name, path) of each image; None: another layout
+    lists = [folder / f"{part}.csv" for part in _PARTS]
+    if not all(path.is_file() for path in lists): return None
+    listed = list(chain.from_iterable(_read_list(path) for path in lists))
     if not listed: return []
-    if (folder / "images" / listed[0][1]).is_file(): return [(c, n, folder / "images" / n) for c, n in listed]
-    trees = (folder / t for t in (".", "images", "train", "ILSVRC2012_img_train", "ILSVRC/Data/CLS-LOC/train"))
-    tree = next((t for t in trees if (t / listed[0][0]).is_dir()), None)
-    if tree is None: return None
-    numbered = {c: sorted((p for p in (tree / c).glob(f"{c}_*.JPEG") if p.stem[10:].isdecimal()), key=lambda p: int(p.stem[10:])) for c in {c for c, _ in listed}}
-    nth = lambda c, n: numbered[c][int(n[9:17]) - 1] if 1 <= int(n[9:17]) <= len(numbered[c]) else tree / c / f"image number {int(n[9:17])} of {len(numbered[c])}"
-    return [(c, n, nth(c, n)) for c, n in listed]
+    first_class, first_name = listed[0]
+    images = folder / "images"
+    if (images / first_name).is_file():
+        return [(label, name, images / name) for label, name in listed]
+    for place in _ILSVRC:
+        if (folder / place / first_class).is_dir(): return _files_in_tree(folder / place, listed)
+    return None
 
 # %% ../nbs/02_sources.ipynb #48ae03a0
-def _mini_pickles(folder):  # the three files, or None
-    for pattern in ("mini-imagenet-cache-{}.pkl", "miniImageNet_category_split_{}.pickle"):
-        names = [pattern.format(p) for p in (("train" if "cache" in pattern else "train_phase_train"), "val", "test")]
-        if (folder / names[0]).is_file(): return [folder / n for n in names]
+_MINI_CACHES = (
+    [f"mini-imagenet-cache-{part}.pkl" for part in _PARTS],
+    [f"miniImageNet_category_split_{part}.pickle" for part in ("train_phase_train", "val", "test")],
+)
 
-def _mini_part(path, size) -> tuple:  # images (n, size, size, 3), class -> rows
+def _mini_pickles(folder: Path) -> list | None:  # the three files; None: another layout
+    for names in _MINI_CACHES:
+        if (folder / names[0]).is_file(): return [folder / name for name in names]
+    return None
+
+def _class_rows(content: dict) -> dict:  # class -> its rows
+    if "class_dict" in content:
+        return {_text(c): sorted(map(int, rows)) for c, rows in content["class_dict"].items()}
+    rows = {}
+    for c, label in content["catname2label"].items():
+        rows[_text(c)] = [i for i, l in enumerate(content["labels"]) if l == label]
+    return rows
+
+# %% ../nbs/02_sources.ipynb #edf77e29
+def _mini_part(path, size: int) -> tuple[np.ndarray, dict]:  # images (n, size, size, 3), class -> its rows
     content = read_pickle(path)
     try:
         images = content.get("image_data", content.get("data"))
-        if (images.dtype, images.shape[1:]) != (np.uint8, (size, size, 3)): raise TypeError(f"images are {images.dtype} {images.shape}, not uint8 (n, {size}, {size}, 3)")
-        if "class_dict" in content: rows = {_text(c): sorted(map(int, r)) for c, r in content["class_dict"].items()}
-        else: rows = {_text(c): [i for i, l in enumerate(content["labels"]) if l == label] for c, label in content["catname2label"].items()}
-        if sorted(i for r in rows.values() for i in r) != list(range(len(images))): raise TypeError(f"its {len(images)} images don't belong to one class each")
-    except (KeyError, TypeError, AttributeError, ValueError) as error: raise ValueError(f"{path}: not the schema of a mini-ImageNet cache ({error}); get the file again") from None
+        if (images.dtype, images.shape[1:]) != (np.uint8, (size, size, 3)):
+            found = f"{images.dtype} {images.shape}"
+            raise TypeError(f"images are {found}, not uint8 (n, {size}, {size}, 3)")
+        rows = _class_rows(content)
+        if sorted(chain.from_iterable(rows.values())) != list(range(len(images))):
+            raise TypeError(f"its {len(images)} images don't belong to one class each")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        why = f"not the schema of a mini-ImageNet cache ({error})"
+        raise ValueError(f"{path}: {why}; get the file again") from None
     return images, rows
 
 # %% ../nbs/02_sources.ipynb #f3c9d593
-def _read_mini_pickles(paths, size, expected) -> Pack:
-    images, labels, classes = np.empty((expected["classes"] * expected["images"], size, size, 3), dtype=np.uint8), [], []
+def _by_content(images: np.ndarray, rows: list) -> list:
+    return sorted(rows, key=lambda i: images[i].tobytes())
+
+def _read_mini_pickles(paths: list, size: int, expected: dict) -> Pack:
+    total = expected["classes"] * expected["images"]
+    images = np.empty((total, size, size, 3), dtype=np.uint8)
+    labels, classes = [], []
     for path in tqdm(paths, desc="importing mini", disable=None, unit="file"):
         part, rows = _mini_part(path, size)
-        if len(labels) + len(part) > len(images): raise ValueError(f"{path}: with it there are more than mini-ImageNet's {len(images)} images; get the three files again")
-        for c, members in sorted(rows.items()):
-            for i in sorted(members, key=lambda i: part[i].tobytes()):
+        if len(labels) + len(part) > total:
+            raise ValueError(f"{path}: with it there are more than mini-ImageNet's {total} images; "
+                             "get the three files again")
+        for c in sorted(rows):
+            for i in _by_content(part, rows[c]):
                 images[len(labels)] = part[i]
                 labels.append(len(classes))
             classes.append(c)
         del part
-    return Pack(torch.from_numpy(images[:len(labels)]), torch.tensor(labels), classes, list(classes), name="mini")
+    filled = torch.from_numpy(images[:len(labels)])
+    return Pack(filled, torch.tensor(labels), classes, list(classes), name="mini")
 
 # %% ../nbs/02_sources.ipynb #55fb0204
-def read_mini(folder, size: int = 84, expected: dict = MINI_IMAGENET) -> Pack:
-    "mini-ImageNet from a folder in any of the four layouts. One that fits none of them, or another number of images than `expected`, raises a `ValueError`."
-    folder = Path(folder)
-    if (paths := _mini_pickles(folder)): pack = _read_mini_pickles(paths, size, expected)
-    else:
-        files = _mini_files(folder)
-        if files is None: raise ValueError(f"{folder}: no mini-ImageNet found. Looked for train.csv, val.csv and test.csv with images/ or with ILSVRC's class folders (n01532829/ ...), for mini-imagenet-cache-train.pkl, and for miniImageNet_category_split_train_phase_train.pickle")
-        _count_mini(folder, [c for c, *_ in files], expected)
-        if missing := [p for *_, p in files if not p.is_file()]: raise ValueError(f"{missing[0]}: no such file, and {len(missing) - 1} more of {len(files)} are missing; add the images that the lists name")
-        pack = read_files("mini", files, size, "RGB")
-    _count_mini(folder, [pack.classes[i] for i in pack.labels.tolist()], expected)
-    return pack
+_NO_MINI = (
+    "no mini-ImageNet found. Looked for train.csv, val.csv and test.csv with images/ or with ILSVRC's class "
+    "folders (n01532829/ ...), for mini-imagenet-cache-train.pkl, and for "
+    "miniImageNet_category_split_train_phase_train.pickle")
 
-def _count_mini(folder, classes, expected):
-    sizes = Counter(classes)
-    if len(sizes) != expected["classes"] or {*sizes.values()} != {expected["images"]}:
-        raise ValueError(f"{folder}: {len(classes)} images of {len(sizes)} classes, {min(sizes.values(), default=0)} to {max(sizes.values(), default=0)} a class; mini-ImageNet has {expected['classes']} classes with {expected['images']} each: complete the files")
+def _check_mini(folder: Path, names: list, expected: dict):  # names: the class of each image
+    sizes = Counter(names)
+    if len(sizes) == expected["classes"] and set(sizes.values()) == {expected["images"]}: return
+    fewest, most = min(sizes.values(), default=0), max(sizes.values(), default=0)
+    raise ValueError(
+        f"{folder}: {len(names)} images of {len(sizes)} classes, {fewest} to {most} a class; "
+        f"mini-ImageNet has {expected['classes']} classes with {expected['images']} each: complete the files")
+
+def _read_mini_files(folder: Path, size: int, expected: dict) -> Pack:
+    files = _mini_files(folder)
+    if files is None: raise ValueError(f"{folder}: {_NO_MINI}")
+    _check_mini(folder, [label for label, _, _ in files], expected)
+    missing = [path for _, _, path in files if not path.is_file()]
+    if missing:
+        others = f"{len(missing) - 1} more of {len(files)} are missing"
+        raise ValueError(f"{missing[0]}: no such file, and {others}; add the images that the lists name")
+    return read_files("mini", files, size, "RGB")
+
+# %% ../nbs/02_sources.ipynb #82761de9
+def read_mini(
+    folder,  # in one of the four layouts
+    size: int = 84,  # pixels a side
+    expected: dict = MINI_IMAGENET,  # number of classes, and of images a class
+) -> Pack:
+    "mini-ImageNet from its files. Another layout, or another number of images, raises a `ValueError`."
+    folder = Path(folder)
+    paths = _mini_pickles(folder)
+    if paths: pack = _read_mini_pickles(paths, size, expected)
+    else: pack = _read_mini_files(folder, size, expected)
+    _check_mini(folder, [pack.classes[i] for i in pack.labels.tolist()], expected)
+    return pack
 
 # %% ../nbs/02_sources.ipynb #090f4df0
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+_CLUTTER = ("Thumbs.db", "desktop.ini")
 
-def _visible(folder):
-    try: return sorted(p for p in folder.iterdir() if not p.name.startswith(".") and p.name not in ("Thumbs.db", "desktop.ini"))
-    except OSError as error: raise ValueError(f"{folder}: {error.strerror}; name a folder that you may read") from None
+def _visible(folder: Path) -> list:  # paths in the folder, sorted
+    try: paths = sorted(folder.iterdir())
+    except OSError as error:
+        raise ValueError(f"{folder}: {error.strerror}; name a folder that you may read") from None
+    return [p for p in paths if not p.name.startswith(".") and p.name not in _CLUTTER]
 
-def _class_folders(root):  # class name -> its folder, with one level of classes or two
-    folders, classes = [p for p in _visible(root) if p.is_dir()], {}
-    for p in folders:
-        inner = [q for q in _visible(p) if q.is_dir()]
-        classes |= {f"{p.name}/{q.name}": q for q in inner} if inner else {p.name: p}
-        if inner and (loose := [q for q in _visible(p) if not q.is_dir()]): raise ValueError(f"{loose[0]}: a file beside class folders; move it into one of them")
-    if not classes: raise ValueError(f"{root}: no class folders; images must lie in CLASS/ or PARENT/CLASS/ below it")
-    if len({c.count("/") for c in classes}) > 1: raise ValueError(f"{root}: {next(c for c in classes if '/' not in c)} holds images and {next(c for c in classes if '/' in c)} too; use CLASS/ or PARENT/CLASS/ throughout")
-    return classes
+def _inner_folders(folder: Path) -> list:  # the folders in it; empty if it holds images
+    paths = _visible(folder)
+    inner = [p for p in paths if p.is_dir()]
+    loose = [p for p in paths if not p.is_dir()]
+    if inner and loose:
+        raise ValueError(f"{loose[0]}: a file beside class folders; move it into one of them")
+    return inner
+
+# %% ../nbs/02_sources.ipynb #b683d75a
+def _class_folders(root: Path) -> dict:  # class name -> its folder, with one level of classes or two
+    flat, nested = {}, {}
+    for folder in _visible(root):
+        if not folder.is_dir(): continue
+        inner = _inner_folders(folder)
+        for p in inner: nested[f"{folder.name}/{p.name}"] = p
+        if not inner: flat[folder.name] = folder
+    if not flat and not nested:
+        raise ValueError(f"{root}: no class folders; images must lie in CLASS/ or PARENT/CLASS/ below it")
+    if flat and nested:
+        found = f"{next(iter(flat))} holds images and {next(iter(nested))} too"
+        raise ValueError(f"{root}: {found}; use CLASS/ or PARENT/CLASS/ throughout")
+    return flat or nested
 
 # %% ../nbs/02_sources.ipynb #7bbdf468
-def _plain(text, path):  # a name that means the same on every system
+def _plain(text: str, path) -> str:
     try: text.encode()
-    except UnicodeEncodeError: raise ValueError(f"{path!r}: its name is not valid UTF-8; rename it") from None
-    if not text.isprintable(): raise ValueError(f"{str(path)!r}: control characters in its name; rename it")
+    except UnicodeEncodeError:
+        raise ValueError(f"{path!r}: its name is not valid UTF-8; rename it") from None
+    if not text.isprintable():
+        raise ValueError(f"{str(path)!r}: control characters in its name; rename it")
     return unicodedata.normalize("NFC", text)
 
-def read_folder(folder, size: int = 84, name: str | None = None, grey: bool = False) -> Pack:
-    "A tree `class/image` or `parent/class/image` as a pack of colour images (or grey ones) squeezed to `size` by `size`. What doesn't fit raises a `ValueError` that names it."
-    root, files, names = Path(folder), [], set()
-    if not root.is_dir(): raise ValueError(f"{root}: no such folder; name the folder with the class folders")
-    for c, place in _class_folders(root).items():
-        c, paths = _plain(c, place), _visible(place)
-        if c in names: raise ValueError(f"{place}: another folder has this name in another Unicode form; rename one of them")
-        if odd := [p for p in paths if p.suffix.lower() not in IMAGE_SUFFIXES or p.is_dir()]: raise ValueError(f"{odd[0]}: not an image file ({', '.join(IMAGE_SUFFIXES)}) in a class folder; move it away")
-        if len(paths) < 2: raise ValueError(f"{place}: {len(paths)} images; a task needs at least two images of a class: one to learn from, one to ask about")
-        names.add(c)
-        files += [(c, _plain(p.name, p), p) for p in paths]
-    return read_files(name or _plain(root.resolve().name, root), files, size, "L" if grey else "RGB", lambda c: c.split("/")[0])
+def _class_images(folder: Path) -> list:  # paths, sorted
+    paths = _visible(folder)
+    for path in paths:
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir(): continue
+        why = f"not an image file ({', '.join(IMAGE_SUFFIXES)}) in a class folder"
+        raise ValueError(f"{path}: {why}; move it away")
+    if len(paths) < 2:
+        raise ValueError(f"{folder}: too few images ({len(paths)}); a task needs at least two of a class: "
+                         "one to learn from, one to ask about")
+    return paths
+
+# %% ../nbs/02_sources.ipynb #95272318
+def _list_folder(root: Path) -> list:  # (class name, file name, path) of each image
+    files, names = [], set()
+    for name, place in _class_folders(root).items():
+        name = _plain(name, place)
+        if name in names:
+            why = "another folder has this name in another Unicode form"
+            raise ValueError(f"{place}: {why}; rename one of them")
+        names.add(name)
+        for path in _class_images(place):
+            files.append((name, _plain(path.name, path), path))
+    return files
+
+def _upper_folder(class_name: str) -> str: return class_name.split("/")[0]
+
+def read_folder(
+    folder,  # with `class/image` or `parent/class/image` below it
+    size: int = 84,  # pixels a side
+    name: str | None = None,  # of the data set; without it, the folder's
+    grey: bool = False,  # grey images in place of colour
+) -> Pack:
+    "A tree of class folders as a pack. What doesn't fit raises a `ValueError` that names it."
+    root = Path(folder)
+    if not root.is_dir():
+        raise ValueError(f"{root}: no such folder; name the folder with the class folders")
+    files = _list_folder(root)
+    name = name or _plain(root.resolve().name, root)
+    return read_files(name, files, size, "L" if grey else "RGB", parent_of=_upper_folder)
 
 # %% ../nbs/02_sources.ipynb #12be18af
-KNOWN = {
+KNOWN = {  # SHA-256 of the pack, by `pack_digest`
     "omniglot": "bcb02389c9ebc26725499b4942088f80aa95d4f0a8ea4602c305d201e7b72ce4",
     "cifar100": "993e0f327c50999c793b0a320c6786100a0dec0fde26d01cf7f0bd89c7cffd0c",
     "mini": "01a0f637028fabfaa7e17e604069a3c31bf29fa2aaec9f9737affd4a07290e67",
 }
 
 def check_known(name: str, pack: Pack):
-    "Refuse a pack under the name of an official data set whose content is another, with a `ValueError`."
+    "Raise a `ValueError` if `pack` has the name of an official data set and another content."
     found = pack_digest(pack)
-    if name in ("omniglot", "cifar100") and found != KNOWN[name]: raise ValueError(f"{name}: the pack's SHA-256 is {found[:16]}..., that of the official files {KNOWN[name][:16]}...: an image, label or name differs; get the official files again (`stanet data download {name}`)")
+    if name not in ("omniglot", "cifar100") or found == KNOWN[name]: return
+    raise ValueError(
+        f"{name}: the pack's SHA-256 is {found[:16]}..., that of the official files {KNOWN[name][:16]}...: "
+        f"an image, label or name differs; get the official files again (`stanet data download {name}`)")
 
 # %% ../nbs/02_sources.ipynb #ea09ef31
-SOURCES = {"omniglot": (read_omniglot, 28), "cifar100": (read_cifar100, 32), "mini": (read_mini, 84)}  # reader, size of the images
-SIGNS = {"omniglot": ["images_background", "images_evaluation"], "cifar100": ["meta"], "mini": ["train.csv", "mini-imagenet-cache-train.pkl", "miniImageNet_category_split_train_phase_train.pickle"]}
+SOURCES = {  # name -> reader, size of the images in pixels
+    "omniglot": (read_omniglot, 28),
+    "cifar100": (read_cifar100, 32),
+    "mini": (read_mini, 84),
+}
 
 def check_name(name: str):
-    "Refuse a name that could not stand in the name of a file or a run with a `ValueError`."
-    if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", name): raise ValueError(f"data set {name!r}: a name is made of small letters, digits and hyphens, such as my-birds")
+    "Raise a `ValueError` for a name that can't be part of the name of a file or a run."
+    if re.fullmatch(r"[a-z0-9][a-z0-9-]*", name): return
+    rule = "a name is made of small letters, digits and hyphens, such as my-birds"
+    raise ValueError(f"data set {name!r}: {rule}")
 
-def read_source(name: str, folder, size: int | None = None, grey: bool = False) -> Pack:
-    "The pack `name` from a folder: of the three data sets by their own readers, any other from a tree of class folders. Official files that were changed are refused."
+def _check_folder(name: str, folder: Path):
+    if folder.is_file(): raise ValueError(f"{folder}: a file; name the folder with the unpacked files")
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; name the folder with the files of {name}")
+
+def _check_options(name: str, other_size: bool, grey: bool):
+    if not grey and not (name == "cifar100" and other_size): return
+    option = "--grey" if grey else "--size"
+    raise ValueError(f"{name}: its images are kept as they are; {option} is for your own images")
+
+# %% ../nbs/02_sources.ipynb #52f6e66f
+def read_source(
+    name: str,  # omniglot, cifar100, mini, or a name for your own images
+    folder,  # with the data set's files, or with class folders
+    size: int | None = None,  # pixels a side; without it, the usual size
+    grey: bool = False,  # grey images, for your own
+) -> Pack:
+    """The pack `name` from a folder.
+
+    What doesn't fit, and official files that were changed, raise a `ValueError`."""
     folder = Path(folder)
     check_name(name)
-    if folder.is_file(): raise ValueError(f"{folder}: a file; name the folder with the unpacked files")
-    if not folder.is_dir(): raise ValueError(f"{folder}: no such folder; name the folder with the files of {name}")
-    if name not in SOURCES: return read_folder(folder, 84 if size is None else size, name, grey)
+    _check_folder(name, folder)
+    if name not in SOURCES:
+        size = 84 if size is None else size
+        return read_folder(folder, size, name, grey)
     reader, usual = SOURCES[name]
-    if grey or (name == "cifar100" and size not in (None, usual)): raise ValueError(f"{name}: its images are kept as they are; --{'grey' if grey else 'size'} is for your own images")
-    pack = reader(folder) if size in (None, usual) else reader(folder, size)
-    if size in (None, usual): check_known(name, pack)
+    other_size = size not in (None, usual)
+    _check_options(name, other_size, grey)
+    if other_size: return reader(folder, size)
+    pack = reader(folder)
+    check_known(name, pack)
     return pack
+
+# %% ../nbs/02_sources.ipynb #22b11dd8
+SIGNS = {  # name -> what shows that a folder holds it
+    "omniglot": ["images_background", "images_evaluation"],
+    "cifar100": ["meta"],
+    "mini": ["train.csv", *(names[0] for names in _MINI_CACHES)],
+}
+
+def _first_place(places: list, signs: list) -> Path | None:
+    for place in places:
+        if any((place / sign).exists() for sign in signs): return place
+    return None
 
 def find_sources(folder) -> dict:  # name -> folder
     "Which of the three data sets lie in `folder` or directly below it. None at all raises a `ValueError`."
-    places = [Path(folder), *(p for p in (sorted(Path(folder).iterdir()) if Path(folder).is_dir() else []) if p.is_dir())]
-    found = {name: p for name, signs in SIGNS.items() for p in reversed(places) if any((p / sign).exists() for sign in signs)}
-    if not found: raise ValueError(f"{folder}: none of {', '.join(SOURCES)} found there or one folder down; looked for {', '.join(sign for signs in SIGNS.values() for sign in signs)}")
+    folder = Path(folder)
+    places = [folder]
+    if folder.is_dir(): places += [p for p in sorted(folder.iterdir()) if p.is_dir()]
+    found = {name: _first_place(places, signs) for name, signs in SIGNS.items()}
+    found = {name: place for name, place in found.items() if place}
+    if not found:
+        names = ", ".join(SOURCES)
+        signs = ", ".join(chain.from_iterable(SIGNS.values()))
+        raise ValueError(f"{folder}: none of {names} found there or one folder down; looked for {signs}")
     return found
 
 # %% ../nbs/02_sources.ipynb #387b4c77
 DOWNLOADS = {"omniglot": download_omniglot, "cifar100": download_cifar100}
+_NO_DOWNLOAD = (
+    "mini: mini-ImageNet can't be downloaded, since ImageNet's terms forbid passing it on. "
+    "Get ILSVRC 2012 from image-net.org (or an 84-pixel copy that you may use) and Ravi and Larochelle's "
+    "train.csv, val.csv and test.csv, put them in one folder, then `stanet data import mini FOLDER`")
 
 def missing_pack(name: str) -> str:
     "That the pack `name` is missing, and the commands that make it."
     if name == "glyphs": return "packs/glyphs.safetensors is missing; `dvc repro glyphs` draws it"
-    return f"data/{name}.safetensors is missing; {f'`stanet data download {name}` or ' * (name in DOWNLOADS)}`stanet data import {name} FOLDER` makes it"
+    commands = f"`stanet data import {name} FOLDER` makes it"
+    if name in DOWNLOADS: commands = f"`stanet data download {name}` or {commands}"
+    return f"data/{name}.safetensors is missing; {commands}"
 
 def download(name: str, folder) -> Path:
-    "Download the data set `name` below `folder`. One that can't be had, or a failing connection, raises a `ValueError` with the way to import it instead."
-    if name == "mini": raise ValueError("mini: mini-ImageNet can't be downloaded, since ImageNet's terms forbid passing it on. Get ILSVRC 2012 from image-net.org (or an 84-pixel copy that you may use) and Ravi and Larochelle's train.csv, val.csv and test.csv, put them in one folder, then `stanet data import mini FOLDER`")
-    if name not in DOWNLOADS: raise ValueError(f"{name}: no such download; there are {', '.join(DOWNLOADS)}. Your own images: `stanet data import {name} FOLDER`")
+    """Download the data set `name` below `folder`.
+
+    One that can't be downloaded, or a failing connection, raises a `ValueError` with the way to import it."""
+    if name == "mini": raise ValueError(_NO_DOWNLOAD)
+    instead = f"`stanet data import {name} FOLDER`"
+    if name not in DOWNLOADS:
+        there = ", ".join(DOWNLOADS)
+        raise ValueError(f"{name}: no such download; there are {there}. Your own images: {instead}")
     try: return DOWNLOADS[name](folder)
     except (OSError, RuntimeError, EOFError) as error:
-        reason = " ".join(str(getattr(error, "reason", error)).split())
-        raise ValueError(f"{name}: the download failed ({reason}); try again, or fetch the files by other means and `stanet data import {name} FOLDER`") from None
+        why = in_one_line(getattr(error, "reason", error))
+        how = f"try again, or fetch the files by other means and {instead}"
+        raise ValueError(f"{name}: the download failed ({why}); {how}") from None

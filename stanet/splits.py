@@ -13,6 +13,7 @@ __all__ = ['cifar_easy_draw1_split', 'cifar_easy_draw2_split', 'cifar_easy_draw3
 
 # %% ../nbs/04_splits.ipynb #bffb2a65
 import hashlib, random
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 import torch
@@ -21,60 +22,94 @@ from .packs import Pack
 # %% ../nbs/04_splits.ipynb #4da2a125
 @dataclass(frozen=True)
 class Split:
-    "Names of the training, validation and test classes; no class stands in two of them."
+    "Names of the training, validation and test classes. A class in two lists raises a `ValueError`."
     train: list
     val: list
     test: list
 
     def __post_init__(self):
-        everything = [*self.train, *self.val, *self.test]
-        twice = sorted({c for c in everything if everything.count(c) > 1}) if len(set(everything)) < len(everything) else []
-        if twice: raise ValueError(f"{twice[0]!r} stands twice in the split ({len(twice)} classes do)")
+        counts = Counter([*self.train, *self.val, *self.test])
+        twice = sorted(c for c, n in counts.items() if n > 1)
+        if not twice: return
+        found = f"duplicate class {twice[0]!r} in a split (duplicates: {len(twice)})"
+        raise ValueError(f"{found}; list each class once")
 
 # %% ../nbs/04_splits.ipynb #eb7ebcad
+def _evaluation_first(name) -> tuple:
+    return not name.startswith("evaluation/"), name
+
 def omniglot_split(pack: Pack) -> Split:
     "The 1,200 training and 423 test characters of Omniglot, evaluation half first."
-    order = sorted(pack.classes, key=lambda c: (not c.startswith("evaluation/"), c))
+    order = sorted(pack.classes, key=_evaluation_first)
     return Split(order[:1200], [], order[1200:])
 
 # %% ../nbs/04_splits.ipynb #274b0e50
 def omniglot_choice_split(pack: Pack) -> Split:
-    "Omniglot's training characters alone: every eighth of their alphabets stands for the test characters."
+    "Omniglot's training characters alone: every eighth of their alphabets is held out in place of the test."
+    def alphabet(name): return name.split("/")[1]
     training = omniglot_split(pack).train
-    apart = set(sorted({c.split("/")[1] for c in training})[::8])
-    return Split([c for c in training if c.split("/")[1] not in apart], [], [c for c in training if c.split("/")[1] in apart])
+    held_out = sorted({alphabet(c) for c in training})[::8]
+    train = [c for c in training if alphabet(c) not in held_out]
+    test = [c for c in training if alphabet(c) in held_out]
+    return Split(train, [], test)
 
 # %% ../nbs/04_splits.ipynb #2807c70d
 def quarter_turns(pack: Pack) -> Pack:
     "The pack with every class turned by 0, 90, 180 and 270 degrees: four times the classes and images."
-    k = len(pack.classes)
-    return Pack(torch.cat([pack.images.rot90(q, (1, 2)) for q in range(4)]), torch.cat([pack.labels + q * k for q in range(4)]),
-                [f"{c}@{90 * q}" for q in range(4) for c in pack.classes], pack.parents * 4, name=pack.name)
+    images, labels, classes = [], [], []
+    for turn in range(4):
+        images.append(pack.images.rot90(turn, (1, 2)))
+        labels.append(pack.labels + turn * len(pack.classes))
+        classes += [f"{c}@{90 * turn}" for c in pack.classes]
+    return Pack(torch.cat(images), torch.cat(labels), classes, pack.parents * 4, name=pack.name)
 
 # %% ../nbs/04_splits.ipynb #1b23be58
 def ranked(names, seed: int = 0) -> list:
     "The different `names` in an order that looks random and never changes: by the SHA-256 of `seed/name`."
-    return sorted(set(names), key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).hexdigest())
+    def digest(name): return hashlib.sha256(f"{seed}/{name}".encode()).hexdigest()
+    return sorted(set(names), key=digest)
 
-def _members(pack, seed):  # each parent -> its classes, both ranked; for a data set of 20 parents with 5 classes each
-    groups = {p: ranked([c for c, q in zip(pack.classes, pack.parents) if q == p], seed) for p in ranked(pack.parents, seed)}
-    if len(groups) != 20 or {*map(len, groups.values())} != {5}: raise ValueError(f"{pack.name}: the splits of Meta-CIFAR100 need 20 parents with 5 classes each, and it has {len(groups)} parents with {', '.join(map(str, sorted({*map(len, groups.values())})))}")
+# %% ../nbs/04_splits.ipynb #c5e3ef26
+def _members(pack, seed) -> dict:  # parent -> its classes, both in their ranks
+    groups = {}
+    for parent in ranked(pack.parents, seed):
+        own = [c for c, p in zip(pack.classes, pack.parents) if p == parent]
+        groups[parent] = ranked(own, seed)
     return groups
 
+def _check_members(name, groups):
+    sizes = sorted({len(group) for group in groups.values()})
+    if len(groups) == 20 and sizes == [5]: return
+    needed = "the splits of Meta-CIFAR100 need 20 parents with 5 classes each"
+    found = f"{len(groups)} parents with {', '.join(map(str, sizes))}"
+    raise ValueError(f"{name}: {needed}, and it has {found}")
+
 # %% ../nbs/04_splits.ipynb #0456ab8a
-def _easy(groups, level): return [g[level] for g in groups.values()]
+def _easy(groups, level): return [group[level] for group in groups.values()]
 
 def _moderate(groups, level):
     seven = list(groups.values())[7 * level:7 * level + 7]
-    return [c for g, n in zip(seven, (3, 3, 3, 3, 3, 3, 2)) for c in g[:n]]
+    chosen = []
+    for group, n in zip(seven, (3, 3, 3, 3, 3, 3, 2)): chosen += group[:n]
+    return chosen
 
-def _hard(groups, level): return [c for g in list(groups.values())[4 * level:4 * level + 4] for c in g]
+def _hard(groups, level):
+    four = list(groups.values())[4 * level:4 * level + 4]
+    return sum(four, [])
 
-def _cifar(pack, rule, seed, choice=False) -> Split:
+# %% ../nbs/04_splits.ipynb #5370a644
+def _cifar(
+    pack,
+    rule,          # _easy, _moderate or _hard
+    seed,
+    choice=False,  # leave the test classes out, and hold out others
+) -> Split:
     groups = _members(pack, seed)
+    _check_members(pack.name, groups)
     hidden = rule(groups, 0)
     test = rule(groups, 1) if choice else hidden
-    return Split(sorted({*pack.classes} - {*hidden, *test}), [], sorted(test))
+    train = {*pack.classes} - {*hidden, *test}
+    return Split(sorted(train), [], sorted(test))
 
 # %% ../nbs/04_splits.ipynb #c801670e
 def cifar_easy_split(pack: Pack, seed: int = 0) -> Split:
@@ -102,58 +137,89 @@ cifar_hard_draw3_split = partial(cifar_hard_split, seed=3)
 
 # %% ../nbs/04_splits.ipynb #abdbf3ea
 def cifar_easy_choice_split(pack: Pack, seed: int = 0) -> Split:
-    "Of the 80 training classes of the easy split, one of every parent stands for the test classes."
+    "Of the 80 training classes of the easy split, one of every parent is held out."
     return _cifar(pack, _easy, seed, choice=True)
 
 def cifar_moderate_choice_split(pack: Pack, seed: int = 0) -> Split:
-    "Of the 80 training classes of the moderate split, 20 of another 7 parents stand for the test classes."
+    "Of the 80 training classes of the moderate split, 20 of 7 other parents are held out."
     return _cifar(pack, _moderate, seed, choice=True)
 
 def cifar_hard_choice_split(pack: Pack, seed: int = 0) -> Split:
-    "Of the 80 training classes of the hard split, four other whole parents stand for the test classes."
+    "Of the 80 training classes of the hard split, four other whole parents are held out."
     return _cifar(pack, _hard, seed, choice=True)
 
 # %% ../nbs/04_splits.ipynb #47b678af
+def _part_of_class(split) -> dict:  # class -> "train", "val" or "test"
+    found = {}
+    for part in ("train", "val", "test"):
+        found |= dict.fromkeys(getattr(split, part), part)
+    return found
+
 def split_lines(split: Split, pack: Pack) -> str:
     "The split as text: a line `part, class, parent` for each class of the pack, separated by tabs."
-    part = {c: p for p in ("train", "val", "test") for c in getattr(split, p)}
-    order = sorted(zip(pack.classes, pack.parents), key=lambda c: (["test", "val", "train", "unused"].index(part.get(c[0], "unused")), c[1], c[0]))
-    return "".join(f"{part.get(c, 'unused')}\t{c}\t{parent}\n" for c, parent in order)
+    part = _part_of_class(split)
+    order = ["test", "val", "train", "unused"]
+    rows = [(part.get(c, "unused"), c, parent) for c, parent in zip(pack.classes, pack.parents)]
+    rows.sort(key=lambda row: (order.index(row[0]), row[2], row[1]))
+    return "".join("\t".join(row) + "\n" for row in rows)
 
 # %% ../nbs/04_splits.ipynb #ccae5e49
 MINI = {
     "train": """
-        n01532829 n01558993 n01704323 n01749939 n01770081 n01843383 n01910747 n02074367 n02089867 n02091831 n02101006 n02105505 n02108089 n02108551 n02108915 n02111277
-        n02113712 n02120079 n02165456 n02457408 n02606052 n02687172 n02747177 n02795169 n02823428 n02966193 n03017168 n03047690 n03062245 n03207743 n03220513 n03337140
-        n03347037 n03400231 n03476684 n03527444 n03676483 n03838899 n03854065 n03888605 n03908618 n03924679 n03998194 n04067472 n04243546 n04251144 n04258138 n04275548
-        n04296562 n04389033 n04435653 n04443257 n04509417 n04515003 n04596742 n04604644 n04612504 n06794110 n07584110 n07697537 n07747607 n09246464 n13054560 n13133613 """.split(),
+        n01532829 n01558993 n01704323 n01749939 n01770081 n01843383 n01910747 n02074367 n02089867 n02091831
+        n02101006 n02105505 n02108089 n02108551 n02108915 n02111277 n02113712 n02120079 n02165456 n02457408
+        n02606052 n02687172 n02747177 n02795169 n02823428 n02966193 n03017168 n03047690 n03062245 n03207743
+        n03220513 n03337140 n03347037 n03400231 n03476684 n03527444 n03676483 n03838899 n03854065 n03888605
+        n03908618 n03924679 n03998194 n04067472 n04243546 n04251144 n04258138 n04275548 n04296562 n04389033
+        n04435653 n04443257 n04509417 n04515003 n04596742 n04604644 n04612504 n06794110 n07584110 n07697537
+        n07747607 n09246464 n13054560 n13133613
+        """.split(),
     "val": """
-        n01855672 n02091244 n02114548 n02138441 n02174001 n02950826 n02971356 n02981792 n03075370 n03417042 n03535780 n03584254 n03770439 n03773504 n03980874 n09256479 """.split(),
+        n01855672 n02091244 n02114548 n02138441 n02174001 n02950826 n02971356 n02981792 n03075370 n03417042
+        n03535780 n03584254 n03770439 n03773504 n03980874 n09256479
+        """.split(),
     "test": """
-        n01930112 n01981276 n02099601 n02110063 n02110341 n02116738 n02129165 n02219486 n02443484 n02871525 n03127925 n03146219 n03272010 n03544143 n03775546 n04146614
-        n04149813 n04418357 n04522168 n07613480 """.split(),
+        n01930112 n01981276 n02099601 n02110063 n02110341 n02116738 n02129165 n02219486 n02443484 n02871525
+        n03127925 n03146219 n03272010 n03544143 n03775546 n04146614 n04149813 n04418357 n04522168 n07613480
+        """.split(),
 }
 
 # %% ../nbs/04_splits.ipynb #3fe6b030
 def mini_split(pack: Pack) -> Split:
-    "Ravi and Larochelle's 64 training, 16 validation and 20 test classes of mini-ImageNet."
-    split = Split(*(list(MINI[part]) for part in ("train", "val", "test")))
-    if odd := sorted({*split.train, *split.val, *split.test} ^ {*pack.classes}): raise ValueError(f"{pack.name}: the split of mini-ImageNet needs its 100 classes, and {len(odd)} of them are missing or others, such as {odd[0]!r}")
-    return split
+    "The 64, 16 and 20 classes of mini-ImageNet. A pack with other classes raises a `ValueError`."
+    split = Split(list(MINI["train"]), list(MINI["val"]), list(MINI["test"]))
+    listed = {*split.train, *split.val, *split.test}
+    odd = sorted(listed ^ {*pack.classes})
+    if not odd: return split
+    problem = f"{len(odd)} of them are missing or others, such as {odd[0]!r}"
+    raise ValueError(f"{pack.name}: the split of mini-ImageNet needs its 100 classes, and {problem}")
 
 def mini_choice_split(pack: Pack) -> Split:
-    "mini-ImageNet without its test classes: 64 for training, the 16 validation classes stand for the test classes."
+    "mini-ImageNet without its test classes: 64 for training, and the 16 validation classes for test."
     split = mini_split(pack)
     return Split(split.train, [], split.val)
 
 # %% ../nbs/04_splits.ipynb #92fffa91
+def _by_folders(pack) -> Split | None:
+    "The split that the folders train, val and test are, or None if classes lie elsewhere or one is missing."
+    def inside(folder): return [c for c, p in zip(pack.classes, pack.parents) if p == folder]
+    split = Split(inside("train"), inside("val"), inside("test"))
+    found = len(split.train) + len(split.val) + len(split.test)
+    complete = split.train and split.test and found == len(pack.classes)
+    return split if complete else None
+
 def folder_split(pack: Pack) -> Split:
-    "The folders `train`, `val` and `test` where the classes lie in them; otherwise a fifth of the classes for test, drawn by the hash of their names, and the rest for training."
-    parts = {part: [c for c, p in zip(pack.classes, pack.parents) if p == part] for part in ("train", "val", "test")}
-    if parts["train"] and parts["test"] and sum(map(len, parts.values())) == len(pack.classes): return Split(**parts)
-    if len(pack.classes) < 10: raise ValueError(f"{pack.name}: {len(pack.classes)} classes are too few to hold out a fifth; add classes, or put them in folders train/ and test/")
-    test = set(ranked(pack.classes)[:round(len(pack.classes) / 5)])
-    return Split([c for c in pack.classes if c not in test], [], [c for c in pack.classes if c in test])
+    """The folders `train`, `val` and `test` where all classes lie in them; otherwise a fifth of the classes,
+    drawn by the hash of their names, for test and the rest for training. Without such folders, fewer than ten
+    classes raise a `ValueError`."""
+    if split := _by_folders(pack): return split
+    n = len(pack.classes)
+    if n < 10:
+        remedy = "add classes, or put them in folders train/ and test/"
+        raise ValueError(f"{pack.name}: {n} classes are too few to hold out a fifth; {remedy}")
+    test = set(ranked(pack.classes)[:round(n / 5)])
+    train = [c for c in pack.classes if c not in test]
+    return Split(train, [], [c for c in pack.classes if c in test])
 
 # %% ../nbs/04_splits.ipynb #76924a67
 def glyphs_split(pack: Pack) -> Split:
@@ -162,35 +228,63 @@ def glyphs_split(pack: Pack) -> Split:
     for parent in sorted(set(pack.parents)):
         names = [c for c, p in zip(pack.classes, pack.parents) if p == parent]
         test += dice.sample(names, round(len(names) / 5))
-    return Split([c for c in pack.classes if c not in set(test)], [], sorted(test))
+    train = [c for c in pack.classes if c not in set(test)]
+    return Split(train, [], sorted(test))
 
 # %% ../nbs/04_splits.ipynb #eef8471c
 def make_split(name: str, pack: Pack) -> Split:
     "The split `name` of `pack`. An unknown name raises a `ValueError` that lists the known ones."
-    known = {k.removesuffix("_split"): v for k, v in globals().items() if k.endswith("_split") and k != "make_split"}
-    if name not in known: raise ValueError(f"no split {name!r}; there are {', '.join(sorted(known))}")
-    return known[name](pack)
+    rules = {k.removesuffix("_split"): f for k, f in globals().items() if k.endswith("_split")}
+    rules.pop("make")
+    if name in rules: return rules[name](pack)
+    raise ValueError(f"no split {name!r}; there are {', '.join(sorted(rules))}")
 
 # %% ../nbs/04_splits.ipynb #41c8f06f
-SUMMARIES = {
-    "omniglot": {"omniglot": "1200/0/423 classes of 39/0/12 parents, 14 to 55 test classes a parent, 1 parents in both", "omniglot_choice": "1065/0/135 classes of 34/0/5 parents, 20 to 45 test classes a parent, 0 parents in both"},
-    "cifar100": {
-        "cifar_easy": "80/0/20 classes of 20/0/20 parents, 1 test class a parent, 20 parents in both",
-        "cifar_moderate": "80/0/20 classes of 20/0/7 parents, 2 to 3 test classes a parent, 7 parents in both",
-        "cifar_hard": "80/0/20 classes of 16/0/4 parents, 5 test classes a parent, 0 parents in both",
-        **{f"cifar_easy_draw{n}": "80/0/20 classes of 20/0/20 parents, 1 test class a parent, 20 parents in both" for n in (1, 2, 3)},
-        **{f"cifar_moderate_draw{n}": "80/0/20 classes of 20/0/7 parents, 2 to 3 test classes a parent, 7 parents in both" for n in (1, 2, 3)},
-        **{f"cifar_hard_draw{n}": "80/0/20 classes of 16/0/4 parents, 5 test classes a parent, 0 parents in both" for n in (1, 2, 3)},
-        "cifar_easy_choice": "60/0/20 classes of 20/0/20 parents, 1 test class a parent, 20 parents in both",
-        "cifar_moderate_choice": "60/0/20 classes of 20/0/7 parents, 2 to 3 test classes a parent, 7 parents in both",
-        "cifar_hard_choice": "60/0/20 classes of 12/0/4 parents, 5 test classes a parent, 0 parents in both"},
-    "mini": {"mini": "64/16/20 classes of 64/16/20 parents, 1 test class a parent, 0 parents in both", "mini_choice": "64/0/16 classes of 64/0/16 parents, 1 test class a parent, 0 parents in both"},
-}
+def _test_classes_a_parent(parents) -> str:  # of each test class -> "2 to 3 test classes a parent"
+    sizes = sorted(set(Counter(parents).values()))
+    if not sizes: return "no test class"
+    if sizes == [1]: return "1 test class a parent"
+    numbers = " to ".join(map(str, dict.fromkeys([sizes[0], sizes[-1]])))
+    return f"{numbers} test classes a parent"
 
 def split_summary(split: Split, pack: Pack) -> str:
-    "How many classes of how many parents are for training, validation and test, and how many parents are both trained and tested."
+    "How many classes of how many parents are in each part, and how many parents are both trained and tested."
     parent = dict(zip(pack.classes, pack.parents))
-    train, val, test = ([parent[c] for c in part] for part in (split.train, split.val, split.test))
-    sizes = sorted({test.count(p) for p in test})
-    each = f"{sizes[0]}{f' to {sizes[-1]}' if len(sizes) > 1 else ''} test class{'es' * (sizes[-1] > 1)} a parent" if sizes else "no test class"
-    return f"{len(train)}/{len(val)}/{len(test)} classes of {len(set(train))}/{len(set(val))}/{len(set(test))} parents, {each}, {len(set(train) & set(test))} parents in both"
+    parts = (split.train, split.val, split.test)
+    classes = "/".join(str(len(part)) for part in parts)
+    train, val, test = (list(map(parent.__getitem__, part)) for part in parts)
+    parents = f"{len(set(train))}/{len(set(val))}/{len(set(test))}"
+    shared = len(set(train) & set(test))
+    each = _test_classes_a_parent(test)
+    return f"{classes} classes of {parents} parents, {each}, {shared} parents in both"
+
+# %% ../nbs/04_splits.ipynb #8be9e72c
+_EASY = "80/0/20 classes of 20/0/20 parents, 1 test class a parent, 20 parents in both"
+_MODERATE = "80/0/20 classes of 20/0/7 parents, 2 to 3 test classes a parent, 7 parents in both"
+_HARD = "80/0/20 classes of 16/0/4 parents, 5 test classes a parent, 0 parents in both"
+_DRAWS = ("", "_draw1", "_draw2", "_draw3")
+
+# %% ../nbs/04_splits.ipynb #4d454da1
+SUMMARIES = {  # pack -> split -> its summary
+    "omniglot": {
+        "omniglot":
+            "1200/0/423 classes of 39/0/12 parents, 14 to 55 test classes a parent, 1 parents in both",
+        "omniglot_choice":
+            "1065/0/135 classes of 34/0/5 parents, 20 to 45 test classes a parent, 0 parents in both",
+    },
+    "cifar100": {
+        **{f"cifar_easy{draw}": _EASY for draw in _DRAWS},
+        **{f"cifar_moderate{draw}": _MODERATE for draw in _DRAWS},
+        **{f"cifar_hard{draw}": _HARD for draw in _DRAWS},
+        "cifar_easy_choice":
+            "60/0/20 classes of 20/0/20 parents, 1 test class a parent, 20 parents in both",
+        "cifar_moderate_choice":
+            "60/0/20 classes of 20/0/7 parents, 2 to 3 test classes a parent, 7 parents in both",
+        "cifar_hard_choice":
+            "60/0/20 classes of 12/0/4 parents, 5 test classes a parent, 0 parents in both",
+    },
+    "mini": {
+        "mini": "64/16/20 classes of 64/16/20 parents, 1 test class a parent, 0 parents in both",
+        "mini_choice": "64/0/16 classes of 64/0/16 parents, 1 test class a parent, 0 parents in both",
+    },
+}

@@ -10,15 +10,24 @@ BIN = Path(sys.executable).parent
 SLOW = ["test_pipeline.py", "test_faults.py"]  # first, one for each of two test processes
 
 
-def pytest_collection_modifyitems(items): items.sort(key=lambda item: SLOW.index(item.path.name) if item.path.name in SLOW else len(SLOW))
+def place_in_line(item):
+    name = item.path.name
+    return SLOW.index(name) if name in SLOW else len(SLOW)
+
+
+def pytest_collection_modifyitems(items): items.sort(key=place_in_line)
 
 
 def run(*command, cwd, check=True, **options):
-    "Run a command of this environment in `cwd`, with the package that lies there; returns the finished process with its output."
-    env = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(cwd), "DVC_NO_ANALYTICS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    "Run a command of this environment in `cwd`, with the package there; returns the finished process."
+    env = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(cwd)}
+    env |= {"DVC_NO_ANALYTICS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     env.pop("IN_TEST", None)  # set by nbdev's test runner, and makes nbdev_export do nothing
-    done = subprocess.run(list(map(str, command)), cwd=cwd, env=env, capture_output=True, text=True, **options)
-    if check and done.returncode: raise AssertionError(f"{' '.join(map(str, command))} ended with {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
+    words = list(map(str, command))
+    done = subprocess.run(words, cwd=cwd, env=env, capture_output=True, text=True, **options)
+    said = f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    if check and done.returncode:
+        raise AssertionError(f"{' '.join(words)} ended with {done.returncode}\n{said}")
     return done
 
 
@@ -31,7 +40,8 @@ def clone(folder) -> Path:
         shutil.copy2(ROOT / name, folder / name)
     run("git", "init", "-q", "-b", "main", cwd=folder)
     run("git", "add", "-A", cwd=folder)
-    run("git", "-c", "user.name=test", "-c", "user.email=test@localhost", "commit", "-q", "-m", "clone", cwd=folder)
+    someone = ("-c", "user.name=test", "-c", "user.email=test@localhost")
+    run("git", *someone, "commit", "-q", "-m", "clone", cwd=folder)
     return folder
 
 

@@ -10,9 +10,13 @@ from stanet.parameters import Test as RunOnSet
 from stanet.tables import test_folder as folder_of, tests_of as in_line
 from stanet.weights import from_pretrained, predict, weights_digest
 
+AGAIN = ("dvc", "repro", "--single-item", "--force")
+
+
 def recorded(pattern):
-    "The folders below runs/ with a file `pattern`, but for those of the quickstart, which are made where it runs."
-    return sorted(p.parent for p in (ROOT / "runs").glob(pattern) if not p.relative_to(ROOT / "runs").parts[0].startswith("glyphs-"))
+    "The folders below runs/ with a file `pattern`, but for those of the quickstart, made where it runs."
+    found = [p.relative_to(ROOT / "runs") for p in (ROOT / "runs").glob(pattern)]
+    return sorted(ROOT / "runs" / p.parent for p in found if not p.parts[0].startswith("glyphs-"))
 
 
 PAPER_RUNS = [folder.name for folder in recorded("*/card.json")]
@@ -30,13 +34,13 @@ def test_table_needs_no_data(project):
 
 
 def test_failed_stage_keeps_what_was_recorded(project):
-    failed = run("dvc", "repro", "--single-item", "--force", "train@omniglot-5w1s-stanet1", cwd=project, check=False)
+    failed = run(*AGAIN, "train@omniglot-5w1s-stanet1", cwd=project, check=False)
     assert failed.returncode and "stanet data" in failed.stdout + failed.stderr
     assert run("git", "status", "--porcelain", "runs", cwd=project).stdout == ""
 
 
 def test_failed_test_keeps_what_was_recorded(project):
-    failed = run("dvc", "repro", "--single-item", "--force", "test@omniglot-5w1s-stanet1-on-omniglot-5w1s", cwd=project, check=False)
+    failed = run(*AGAIN, "test@omniglot-5w1s-stanet1-on-omniglot-5w1s", cwd=project, check=False)
     assert failed.returncode and "stanet data" in failed.stdout + failed.stderr
     assert run("git", "status", "--porcelain", "runs", cwd=project).stdout == ""
 
@@ -64,7 +68,10 @@ def test_run_is_complete(key):
     assert (folder / "train.ipynb").stat().st_size < 200_000
 
 
-@pytest.mark.parametrize("key", [k for k in PAPER_RUNS if (ROOT / "runs" / k / "model.safetensors").is_file()])
+WITH_WEIGHTS = [k for k in PAPER_RUNS if (ROOT / "runs" / k / "model.safetensors").is_file()]
+
+
+@pytest.mark.parametrize("key", WITH_WEIGHTS)
 def test_weights_are_those_of_the_card(key):
     card = json.loads((ROOT / "runs" / key / "card.json").read_text())
     net = from_pretrained(ROOT / "runs" / key / "model.safetensors")
@@ -77,7 +84,8 @@ def test_test_is_complete(place):
     folder = ROOT / "runs" / place
     assert {p.name for p in folder.iterdir()} == {"metrics.json", "answers.npz"}
     metrics, correct = json.loads((folder / "metrics.json").read_text()), read_correct(folder)
-    assert place == RunOnSet(metrics["run"], metrics["test"], metrics["inductive"]).folder.removeprefix("runs/")
+    test = RunOnSet(metrics["run"], metrics["test"], metrics["inductive"])
+    assert place == test.folder.removeprefix("runs/")
     assert len(correct) == metrics["tasks"]
     assert abs(100 * correct.mean() / metrics["queries"] - metrics["accuracy"]) < 1e-3
     card = json.loads((ROOT / "runs" / metrics["run"] / "card.json").read_text())
@@ -87,7 +95,9 @@ def test_test_is_complete(place):
 def test_every_cell_is_a_copy_of_its_test():
     cells = sorted((ROOT / "results" / "cells").glob("*/*.json"))
     assert cells
-    for cell in cells: assert cell.read_bytes() == (folder_of(ROOT / "runs", cell.stem) / "metrics.json").read_bytes()
+    for cell in cells:
+        tested = folder_of(ROOT / "runs", cell.stem)
+        assert cell.read_bytes() == (tested / "metrics.json").read_bytes()
 
 
 def drawing(shape, dx=0, dy=0):
@@ -100,7 +110,8 @@ def drawing(shape, dx=0, dy=0):
         "bars": [(25, 35, 80, 35), (25, 70, 80, 70)],
         "tree": [(52, 20, 52, 85), (25, 50, 52, 25), (80, 50, 52, 25)],
     }
-    for x0, y0, x1, y1 in lines.get(shape, []): pen.line((x0 + dx, y0 + dy, x1 + dx, y1 - dy), fill=0, width=4)
+    for x0, y0, x1, y1 in lines.get(shape, []):
+        pen.line((x0 + dx, y0 + dy, x1 + dx, y1 - dy), fill=0, width=4)
     if shape == "ring": pen.ellipse((28 + dx, 25 + dy, 78 + dx, 80), outline=0, width=4)
     return picture
 

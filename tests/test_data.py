@@ -1,6 +1,5 @@
 "Data sets as people have them, whole and broken: what is right becomes the same pack, what is wrong one line of error and no file."
 import ctypes, json, os, pickle, random, re, shutil, subprocess, sys, unicodedata
-from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -278,8 +277,8 @@ def test_trees_that_are_not_one(place):
         change(source)
         assert says in refused(place, "data", "import", "my-own", source)
         shutil.rmtree(source)
-    spoil(lambda s: [p.unlink() for p in (s / "tools/class 1").iterdir()][:0], "class 1: 0 images; a task needs at least two")
-    spoil(lambda s: [p.unlink() for p in sorted((s / "tools/class 1").iterdir())[1:]], "class 1: 1 images; a task needs at least two")
+    spoil(lambda s: [p.unlink() for p in (s / "tools/class 1").iterdir()][:0], "class 1: too few images (0); a task needs at least two")
+    spoil(lambda s: [p.unlink() for p in sorted((s / "tools/class 1").iterdir())[1:]], "class 1: too few images (1); a task needs at least two")
     spoil(lambda s: (s / "tools/class 1/notes.txt").write_text("a"), "notes.txt: not an image file")
     spoil(lambda s: (s / "tools/class 1/deeper").mkdir(), "deeper: not an image file")
     spoil(lambda s: (s / "tools/loose.png").write_bytes(b""), "loose.png: a file beside class folders")

@@ -9,7 +9,7 @@ import faults
 import stanet
 from stanet import experiment, fingerprints, parameters, packs, runtime, training
 from stanet.embedding import Conv64
-from stanet.method import Method, build, find_method, known_methods, gather_maps
+from stanet.method import Images, Method, build, find_method, known_methods, gather_maps
 from stanet.weights import save_network
 from conftest import BIN, ROOT, clone, edit_params, run
 
@@ -44,7 +44,7 @@ class Classifier(Method):
 
 def classifier():
     torch.manual_seed(0)
-    return Classifier(Conv64(channels=1, width=8, pools=2), classes=16, mean=[0.5], std=[0.3])
+    return Classifier(Conv64(channels=1, width=8, pools=2), classes=16, images=Images(mean=[0.5], std=[0.3]))
 
 
 def toy_net(config=CONFIG):
@@ -172,7 +172,8 @@ def glyphs_run(**fields):
 
 def row_with(**fields):
     "The first three rows of the report quickstart, and a fourth one."
-    usual = dict(method="STANet", backbone="Conv64", dataset="glyphs", variant="extra", task_set=TEST.task_set)
+    label = dict(method="STANet", backbone="Conv64", dataset="glyphs", variant="extra")
+    usual = label | dict(task_set=TEST.task_set)
     def change(p):
         report = p["reports"]["quickstart"]
         report["rows"] = report["rows"][:3] + [usual | fields]
@@ -188,32 +189,32 @@ def both(*changes):
 SEVEN = more("task_sets", "glyphs-7w1s", pack="glyphs", split="glyphs", way=7)
 ROW = "reports.quickstart.row 4"
 NO_FIT = {
-    f"task_sets.omniglot-5w1s.way: 424, but there are 423 test classes": set_with(way=424),
+    "task_sets.omniglot-5w1s.way: 424, but there are 423 test classes": set_with(way=424),
     f"runs.{ONE}.way: 4801, but there are 4800 train classes": run_with(way=4801),
     f"runs.{ONE}.shot: shot and queries make 21 images a class, but the smallest train class has 20":
         run_with(query=20),
-    f"task_sets.omniglot-5w1s.shot: shot and queries make 21 images a class": set_with(query=20),
+    "task_sets.omniglot-5w1s.shot: shot and queries make 21 images a class": set_with(query=20),
     f"runs.{ONE}.tasks: 1000 tasks of 5 different classes need 5000, but there are 4800 train classes":
         run_with(tasks=1000),
     f"runs.{ONE}.recipe: there is no such recipe; there are paper, ": run_with(recipe="slow"),
     f"runs.{ONE}.backbone: there is no 'ResNet99'": run_with(backbone="ResNet99"),
     f"runs.{ONE}.attention: there is no 'Soft'": run_with(attention="Soft"),
     f"runs.{ONE}: its network can't be built: TaskAttention": run_with(attention="TaskAttention"),
-    f"task_sets.omniglot-5w1s.pack: there is no pack 'imagenet'": set_with(pack="imagenet"),
-    f"recipes.choice.momentums: Extra inputs are not permitted; do you mean momentum?":
+    "task_sets.omniglot-5w1s.pack: there is no pack 'imagenet'": set_with(pack="imagenet"),
+    "recipes.choice.momentums: Extra inputs are not permitted; do you mean momentum?":
         lambda p: p["recipes"]["choice"].update(momentums=0.9),
-    f"networks.glyphs.depth: Extra inputs are not permitted": network_with(depth=3),
-    f"networks.glyphs.pack: there is no pack 'letters'": network_with(pack="letters"),
-    f"networks.glyphs.attention: there is no 'Soft'": network_with(attention="Soft"),
-    f"runs: a mapping is expected (found [])": lambda p: p.update(runs=[]),
-    f"figures: there is no such section": lambda p: p.update(figures=[]),
-    f"cells: there is no such section": lambda p: p.update(cells={}),
-    f"reports: a mapping is expected (found ['table1'])": lambda p: p.update(reports=["table1"]),
-    f"runs.a b; rm: a name is of small letters": more("runs", "a b; rm"),
-    f"runs.a-on-b: -on- and -inductive are parts of the names of tests":
+    "networks.glyphs.depth: Extra inputs are not permitted": network_with(depth=3),
+    "networks.glyphs.pack: there is no pack 'letters'": network_with(pack="letters"),
+    "networks.glyphs.attention: there is no 'Soft'": network_with(attention="Soft"),
+    "runs: a mapping is expected (found [])": lambda p: p.update(runs=[]),
+    "figures: there is no such section": lambda p: p.update(figures=[]),
+    "cells: there is no such section": lambda p: p.update(cells={}),
+    "reports: a mapping is expected (found ['table1'])": lambda p: p.update(reports=["table1"]),
+    "runs.a b; rm: a name is made of lowercase letters": more("runs", "a b; rm"),
+    "runs.a-on-b: -on- and -inductive are parts of the names of tests":
         more("runs", "a-on-b", recipe="quick"),
-    f"runs.{ONE}.key: the name of a run is where it stands": run_with(key="other"),
-    f"runs.{ONE}.earlier: the recipes of all stages stand in recipe": run_with(earlier={}),
+    f"runs.{ONE}.key: the name of the entry is the key": run_with(key="other"),
+    f"runs.{ONE}.earlier: the recipes of all stages are named in recipe": run_with(earlier={}),
     f"runs.{ONE}.steps: Input should be a valid integer (found True)": run_with(steps=True, lr=float("inf")),
     f"runs.{ONE}.lr: Input should be a finite number (found inf)": run_with(steps=True, lr=float("inf")),
     f"runs.{ONE}: decoupled decay is AdamW's, and the optimiser is sgd":
@@ -223,9 +224,9 @@ NO_FIT = {
     f"runs.{ONE}.method: a method is named by its module": run_with(method="../../setup"),
     f"runs.{ONE}.inner_lr: Extra inputs are not permitted; it is an option of maml (found 0.4)":
         run_with(inner_lr=0.4),
-    f"runs.extra.layers: Extra inputs are not permitted; it is an option of stanet (found 1)":
+    "runs.extra.layers: Extra inputs are not permitted; it is an option of stanet (found 1)":
         glyphs_run(method="protonet", layers=1),
-    f"runs.extra.inner_lr: Input should be greater than 0 (found -1.0)":
+    "runs.extra.inner_lr: Input should be greater than 0 (found -1.0)":
         glyphs_run(method="maml", inner_lr=-1.0),
     # stages
     f"runs.{ONE}.recipe.classes: there is no such stage; the method has meta":
@@ -244,17 +245,17 @@ NO_FIT = {
     "runs.x-{a}: {a} has no values in its for": more("runs", "x-{a}", recipe="quick", **{"for": {"b": [1]}}),
     "runs.x-{a}.for.a: a list of values is expected (found 1)":
         more("runs", "x-{a}", recipe="quick", **{"for": {"a": 1}}),
-    "runs.x-{a}: a name is of small letters": more("runs", "x-{a}", recipe="quick"),
+    "runs.x-{a}: a name is made of lowercase letters": more("runs", "x-{a}", recipe="quick"),
     # reports
     "reports.figure9: there is no notebook nbs/results/figure9.ipynb": more("reports", "figure9", rows=[]),
     f"{ROW}.run: there is no run 'maml'": row_with(run="maml"),
     f"{ROW}.task_set: there is no task set 'glyphs-5w2s'": row_with(run=KEY, task_set="glyphs-5w2s"),
-    f"{ROW}.task_set: glyphs-7w1s has 7 ways, but runs.{KEY} is trained for 5 and stanet takes no other number":
+    f"{ROW}.task_set: glyphs-7w1s has 7 ways, but runs.{KEY} is trained for 5 and stanet takes no other":
         both(SEVEN, row_with(run=KEY, task_set="glyphs-7w1s")),
     f"{ROW}.task_set: the images of {TEST.task_set} have 3 channels, those that runs.{ONE} is trained on 1":
         row_with(run=ONE),
     f"{ROW}.inductive: with stanet no answer depends on the other queries": row_with(run=KEY, inductive=True),
-    f"{ROW}.run: duplicate, {TEST.name} stands in row 1": row_with(run=KEY),
+    f"{ROW}.run: duplicate, {TEST.name} is in row 1 already": row_with(run=KEY),
     f"{ROW}.variant: duplicate, it reads like row 1": row_with(run=None, variant="3 layers"),
     f"{ROW}.paper: Input should be less than or equal to 100 (found 101.0)": row_with(run=KEY, paper=101.0),
 }

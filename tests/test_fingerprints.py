@@ -83,11 +83,12 @@ def test_a_new_method_changes_nothing(package, prints, now):
 
 
 PROSE = {
-    "docstring": ("attention.py", "Attention over the sites of each image", "A better sentence about the sites of each image"),
+    "docstring": ("attention.py", "Attention over the sites", "A better sentence about the sites"),
     "comment": ("training.py", "def learning_rate(", "# a comment\n\n\ndef learning_rate("),
     "lock": ("runtime.py", "wait: float = 3.0", "wait: float = 4.0"),
     "warning": ("methods/stanet.py", "if smallest >= 1e-4", "if smallest >= 1e-5"),
-    "annotation": ("training.py", "def learning_rate(recipe: Recipe, step: int) -> float", "def learning_rate(recipe, step)"),
+    "annotation": ("training.py", "def learning_rate(recipe: Recipe, step: int) -> float",
+                   "def learning_rate(recipe, step)"),
 }
 
 
@@ -107,7 +108,8 @@ def test_a_picture_changes_nothing(package, prints, now):
 
 
 def test_a_changed_step_changes_all_trainings_and_no_test(package, prints, now):
-    replace(package / "training.py", 't.accelerator.backward(losses["loss"])', 't.accelerator.backward(2 * losses["loss"])')
+    backward = 't.accelerator.backward({}losses["loss"])'
+    replace(package / "training.py", backward.format(""), backward.format("2 * "))
     assert changed(now, prints(package)) == NOTHING | {"runs": set(now["runs"])}
 
 
@@ -131,7 +133,7 @@ def test_a_split_changes_what_is_drawn_from_it(package, prints, now, params):
 
 
 def test_a_rule_such_as_how_many_shots_train_is_part_of_it(package, prints, now):
-    replace(package / "training.py", "(net.way, net.shot, recipe.query)", "(net.way, net.shot + 1, recipe.query)")
+    replace(package / "training.py", "net.way, net.shot, recipe.query", "net.way, net.shot + 1, recipe.query")
     assert changed(now, prints(package))["runs"] == set(now["runs"])
 
 
@@ -147,7 +149,9 @@ def with_run(folder, **fields):
     return load_params(folder / "params.yaml", thorough=False)
 
 
-def only(key, params): return NOTHING | {"runs": {key}, "tests": {n for n, t in params.tests.items() if t.run == key}}
+def only(key, params):
+    tests = {n for n, t in params.tests.items() if t.run == key}
+    return NOTHING | {"runs": {key}, "tests": tests}
 
 
 def test_a_value_changes_its_run_alone(tmp_path, now, params):

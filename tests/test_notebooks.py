@@ -1,5 +1,4 @@
 "Every notebook runs from top to bottom, and the package is what the notebooks export."
-import os
 import pytest
 from nbdev.test import test_nb as run_notebook
 from conftest import ROOT, run
@@ -8,7 +7,10 @@ FOLDERS = (".", "methods", "project", "tutorials")
 LIBRARY = [path for folder in FOLDERS for path in sorted((ROOT / "nbs" / folder).glob("*.ipynb"))]
 
 
-@pytest.mark.parametrize("notebook", [*LIBRARY, ROOT / "nbs" / "experiments" / "train.ipynb"], ids=lambda p: p.stem)
+NOTEBOOKS = [*LIBRARY, ROOT / "nbs" / "experiments" / "train.ipynb"]
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
 def test_checks_pass(notebook, monkeypatch):
     monkeypatch.chdir(notebook.parent)
     monkeypatch.setenv("MPLBACKEND", "agg")

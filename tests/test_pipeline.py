@@ -1,4 +1,4 @@
-"The real pipeline on the embedded data set, made small: what runs again, what doesn't, and whether a result repeats itself."
+"The real pipeline on the embedded data set, made small: what runs again, and whether results repeat."
 import json, re, shutil
 import nbformat, pytest, yaml
 from conftest import ROOT, clone, edit_params, run
@@ -9,7 +9,8 @@ TRAINED = {"model.safetensors", "history.csv", "card.json", "train.ipynb", "test
 
 
 def small(params):
-    for name in ("quick", "quick-protonet"): params["recipes"][name].update(steps=12, tasks=2, regroupings=2, query=2)
+    small = dict(steps=12, tasks=2, regroupings=2, query=2)
+    for name in ("quick", "quick-protonet"): params["recipes"][name].update(small)
     params["task_sets"][SET].update(n=60, query=3)
     for key in RUNS: params["runs"][key].update(width=8)
     for key in RUNS[:3]: params["runs"][key].update(d_k=8, d_v=8)
@@ -19,6 +20,11 @@ def stages_run(text): return re.findall(r"Running stage '([^']+)'", text)
 
 
 def repro(folder): return stages_run(run("dvc", "repro", "report@quickstart", cwd=folder).stdout)
+
+
+def stages_of(name):
+    "The stages from a test to its table."
+    return [f"test@{name}", f"cell@{name}-in-quickstart", "report@quickstart"]
 
 
 def answers_of(folder, key): return folder / "runs" / key / "tests" / SET
@@ -42,7 +48,8 @@ def test_everything_is_made(pipeline):
         assert {p.name for p in answers_of(folder, key).iterdir()} == {"metrics.json", "answers.npz"}
         assert (folder / "runs" / key / "train.ipynb").stat().st_size < 200_000
     rows = (folder / "results" / "quickstart.csv").read_text().splitlines()
-    assert rows[0].startswith("method,variant,backbone,params,dataset,way,shot,paper,paper_ci,ours,ours_ci,tasks,seeds,status,run,recipe,steps,images")
+    columns = "method,variant,backbone,params,dataset,way,shot,paper,paper_ci,ours,ours_ci,tasks,seeds,status"
+    assert rows[0].startswith(f"{columns},run,recipe,steps,images")
     assert len(rows) == 5 and all(",measured," in r for r in rows[1:])
 
 
@@ -51,7 +58,8 @@ def test_card_says_what_made_the_run(pipeline):
     assert card["run"]["method"] == "protonet" and len(card["code"]["fingerprint"]) == 64
     assert {"commit", "fingerprint"} == card["code"].keys()
     assert {"sha256", "parameters", "bytes"} == card["weights"].keys()
-    for field in ("device", "system", "python", "torch", "precision", "training_seconds", "images"): assert card[field]
+    noted = ("device", "system", "python", "torch", "precision", "training_seconds", "images")
+    for field in noted: assert card[field]
 
 
 def test_second_repro_does_nothing(pipeline): assert repro(pipeline[0]) == []
@@ -75,24 +83,28 @@ def test_one_run_changed_reruns_it_and_its_table(pipeline):
     folder, _ = pipeline
     edit_params(folder, lambda p: p["runs"][RUNS[2]].update(seed=1))
     name = f"{RUNS[2]}-on-{SET}"
-    assert repro(folder) == ["fingerprints", f"train@{RUNS[2]}", f"test@{name}", f"cell@{name}-in-quickstart", "report@quickstart"]
+    assert repro(folder) == ["fingerprints", f"train@{RUNS[2]}", *stages_of(name)]
 
 
 def test_same_run_same_weights_and_answers(pipeline):
     folder, _ = pipeline
     def made():
-        files = [*(folder / "runs" / RUNS[0] / n for n in ("history.csv", "model.safetensors")), *answers_of(folder, RUNS[0]).iterdir()]
+        trained = [folder / "runs" / RUNS[0] / n for n in ("history.csv", "model.safetensors")]
+        files = [*trained, *answers_of(folder, RUNS[0]).iterdir()]
         return {p.name: p.read_bytes() for p in files}
     first = made()
     shutil.rmtree(folder / "scratch")
-    for stage in (f"train@{RUNS[0]}", f"test@{RUNS[0]}-on-{SET}"): run("dvc", "repro", "--force", "--single-item", stage, cwd=folder)
+    for stage in (f"train@{RUNS[0]}", f"test@{RUNS[0]}-on-{SET}"):
+        run("dvc", "repro", "--force", "--single-item", stage, cwd=folder)
     assert made() == first
 
 
 def test_wrong_parameter_stops_before_training(project):
     edit_params(project, lambda p: p["runs"][RUNS[0]].update(layer=3))
     done = run("dvc", "repro", "report@quickstart", cwd=project, check=False)
-    assert done.returncode and f"runs.{RUNS[0]}.layer" in done.stdout + done.stderr and "train@" not in done.stdout
+    assert done.returncode
+    assert f"runs.{RUNS[0]}.layer" in done.stdout + done.stderr
+    assert "train@" not in done.stdout
 
 
 def test_a_new_row_asks_for_the_same_command_again(pipeline):
@@ -100,12 +112,13 @@ def test_a_new_row_asks_for_the_same_command_again(pipeline):
     folder, _ = pipeline
     def more(p):
         p["task_sets"]["glyphs-5w3s"] = dict(pack="glyphs", split="glyphs", way=5, shot=3, query=3, n=60)
-        p["reports"]["quickstart"]["rows"].append(dict(method="STANet", variant="3 layers", backbone="Conv64", dataset="glyphs", task_set="glyphs-5w3s", run=RUNS[0]))
+        row = dict(method="STANet", variant="3 layers", backbone="Conv64", dataset="glyphs")
+        p["reports"]["quickstart"]["rows"].append(row | dict(task_set="glyphs-5w3s", run=RUNS[0]))
     edit_params(folder, more)
     stale = run("dvc", "repro", "report@quickstart", cwd=folder, check=False)
     assert stale.returncode and "run the same command again" in stale.stdout + stale.stderr
     name = f"{RUNS[0]}-on-glyphs-5w3s"
-    assert repro(folder) == ["fingerprints", "tasks@glyphs-5w3s", f"test@{name}", f"cell@{name}-in-quickstart", "report@quickstart"]
+    assert repro(folder) == ["fingerprints", "tasks@glyphs-5w3s", *stages_of(name)]
 
 
 def blocks(tutorial):
@@ -138,10 +151,12 @@ def test_tutorial_adds_an_attention_variant(pipeline):
     run("nbdev_test", "--path", path, "--n_workers", "0", cwd=folder)
     (key,) = add_from_tutorial(folder, shown["yaml"][0])
     run("stanet", "check", cwd=folder)
-    assert "run the same command again" in run("dvc", "repro", "report@quickstart", cwd=folder, check=False).stderr
+    first = run("dvc", "repro", "report@quickstart", cwd=folder, check=False)
+    assert "run the same command again" in first.stderr
     name = f"{key}-on-{SET}"
-    assert repro(folder) == ["fingerprints", f"train@{key}", f"test@{name}", f"cell@{name}-in-quickstart", "report@quickstart"]
-    assert len(re.findall(r"sharp attention.*\d\d\.\d\d ± ", (folder / "results" / "quickstart.md").read_text())) == 1
+    assert repro(folder) == ["fingerprints", f"train@{key}", *stages_of(name)]
+    table = (folder / "results" / "quickstart.md").read_text()
+    assert len(re.findall(r"sharp attention.*\d\d\.\d\d ± ", table)) == 1
 
 
 def cell_with(tutorial, text):
@@ -154,7 +169,8 @@ def cell_with(tutorial, text):
 def test_tutorial_adds_a_method(pipeline):
     "A notebook, a run and a row: no other file is edited, and nothing recorded is trained again."
     folder, _ = pipeline
-    imports, method = (cell_with("4_new_method.ipynb", t) for t in ("from stanet.method import", "class Ridge("))
+    wanted = ("from stanet.method import", "class Ridge(")
+    imports, method = (cell_with("4_new_method.ipynb", text) for text in wanted)
     assert len(f"{imports}\n{method}".splitlines()) < 40
     sources = ["#| default_exp methods.ridge", f"#| export\n{imports}", f"#| export\n{method}"]
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(s) for s in sources])
@@ -168,5 +184,6 @@ def test_tutorial_adds_a_method(pipeline):
     edit_params(folder, lambda p: p["runs"][key].update(width=8))
     assert "run the same command again" in run("stanet", "fingerprints", cwd=folder, check=False).stderr
     name = f"{key}-on-{SET}"
-    assert repro(folder) == ["fingerprints", f"train@{key}", f"test@{name}", f"cell@{name}-in-quickstart", "report@quickstart"]
-    assert len(re.findall(r"Ridge regression.*\d\d\.\d\d ± ", (folder / "results" / "quickstart.md").read_text())) == 1
+    assert repro(folder) == ["fingerprints", f"train@{key}", *stages_of(name)]
+    table = (folder / "results" / "quickstart.md").read_text()
+    assert len(re.findall(r"Ridge regression.*\d\d\.\d\d ± ", table)) == 1

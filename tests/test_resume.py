@@ -1,7 +1,7 @@
-"A training killed at any moment ends with the weights of the one that was left alone: of one stage, and of two."
-import json, os, random, signal, subprocess, sys, time
+"A training killed at any moment ends with the weights of an undisturbed one: of one stage, and of two."
+import os, random, signal, subprocess, sys, time
 import pytest
-from conftest import clone, edit_params, run
+from conftest import clone, edit_params
 
 ONE, TWO = "glyphs-5w1s-stanet3", "glyphs-two-stages"
 FIT = """
@@ -15,12 +15,12 @@ pace = Pace(every=5, save_seconds=0.0)  # a state at every row of the history
 net, history, _ = e.fit(find_run(sys.argv[1]), glyphs(classes=12, per_class=8), pace)
 print("weights", digest(*net.state_dict().values()), digest(text=history.to_csv()), flush=True)
 """
-TWO_STAGES = '''"A classifier first; then, on its features computed once, a scaled nearest mean that knows all training classes."
+TWO_STAGES = '''"A classifier first; then, on its features computed once, a scaled nearest mean."
 import torch
 import torch.nn.functional as F
 from torch import nn
 from stanet.losses import task_loss
-from stanet.method import Method, MethodOptions, share_right, gather_maps
+from stanet.method import Method, MethodOptions, share_correct, gather_maps
 
 
 class TwoStages(Method):
@@ -53,16 +53,19 @@ class TwoStages(Method):
         own = self.W(maps.mean((-2, -1)))
         apart = (batch.classes[batch.others][..., None] != batch.classes[tasks.support][:, None]).all()
         assert apart, "images beside a task are of its classes"
-        logits = self.classify(gather_maps(maps, tasks.support), tasks.support_labels, gather_maps(maps, tasks.query))
-        loss = task_loss(logits, tasks.query_labels) + F.cross_entropy(own[batch.others.flatten()], batch.classes[batch.others.flatten()])
-        return {"loss": loss, "accuracy": share_right(logits, tasks.query_labels)}
+        support, query = gather_maps(maps, tasks.support), gather_maps(maps, tasks.query)
+        logits, others = self.classify(support, tasks.support_labels, query), batch.others.flatten()
+        loss = task_loss(logits, tasks.query_labels) + F.cross_entropy(own[others], batch.classes[others])
+        return {"loss": loss, "accuracy": share_correct(logits, tasks.query_labels)}
 '''
 
 
 def small(params):
     params["recipes"]["quick"].update(steps=150, tasks=2, regroupings=2, query=2)
-    params["recipes"]["two-classes"] = dict(steps=60, sampler="images", images=16, optimiser="sgd", lr=0.05, clip=1.0, weight_decay=0.0, precision="float32")
-    params["recipes"]["two-meta"] = dict(steps=60, tasks=2, query=2, others=3, one_query=False, classes="uniform", lr=1e-2, weight_decay=0.0, precision="float32")
+    both = dict(steps=60, weight_decay=0.0, precision="float32")
+    sgd = dict(sampler="images", images=16, optimiser="sgd", lr=0.05, clip=1.0)
+    tasks = dict(tasks=2, query=2, others=3, one_query=False, classes="uniform", lr=1e-2)
+    params["recipes"] |= {"two-classes": both | sgd, "two-meta": both | tasks}
     params["runs"][ONE].update(width=8, d_k=8, d_v=8)
     recipes = {"classes": "two-classes", "meta": "two-meta"}
     general = dict(method="twostages", pack="glyphs", split="glyphs", width=8, pools=3, semantic_weight=0.0)
@@ -72,7 +75,8 @@ def small(params):
 
 def start(folder, key):
     env = os.environ | {"PYTHONPATH": str(folder)}
-    return subprocess.Popen([sys.executable, "-c", FIT, key], cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-c", FIT, key], cwd=folder, env=env, **pipes)
 
 
 def finish(folder, key):
@@ -89,7 +93,8 @@ def project(folder):
 
 
 def steps_of(folder, stage):  # of the states on disk, newest last
-    return [int(p.stem.split("-")[1]) for p in sorted((folder / "scratch").glob(f"*-{stage}-*/step-*.safetensors"))]
+    states = sorted((folder / "scratch").glob(f"*-{stage}-*/step-*.safetensors"))
+    return [int(p.stem.split("-")[1]) for p in states]
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +104,7 @@ def whole(tmp_path_factory):
 
 
 def kill_in(folder, key, stage, dice, further=0):
-    "Start the training, and kill it when it has gone further in the stage than the step `further`; returns the step of its last state."
+    "Kill a training when it is past the step `further` of the stage; returns the step of its last state."
     process = start(folder, key)
     while process.poll() is None:
         if max(steps_of(folder, stage), default=0) > further: break

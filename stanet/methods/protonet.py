@@ -18,7 +18,7 @@ from ..method import Method, MethodOptions
 class ProtoNetOptions(MethodOptions):
     "The fields of a run that are Prototypical Networks' own."
     distance: Literal["sum", "mean", "scaled"] = Field(
-        "sum", description="squared distance: summed over dimensions; their mean; the mean times a learned factor")
+        "sum", description="squared distance: summed, averaged, or averaged and times a learned factor")
     last_relu: bool = Field(True, description="keep the ReLU at the end of the embedding network")
 
 # %% ../../nbs/methods/protonet.ipynb #52184c94

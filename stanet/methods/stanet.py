@@ -25,7 +25,8 @@ class STANetOptions(MethodOptions):
     d_k: Width = Field(64, description="width of queries and keys")
     d_v: Width = Field(64, description="width of the values")
     attention: str = Field("SpatialAttention", description="the spatial attention")
-    sigma: Annotated[float, Field(gt=0)] = Field(0.25, description="width of GaussianAttention, as a share of the map's side")
+    sigma: Annotated[float, Field(gt=0)] = Field(
+        0.25, description="width of GaussianAttention, as a share of the map's side")
 
 # %% ../../nbs/methods/stanet.ipynb #7aaee43b
 class STANet(Method):
@@ -33,17 +34,25 @@ class STANet(Method):
     Options = STANetOptions
 
     @classmethod
-    def uses(cls, options): return [f"attention.{options.attention}"]
+    def uses(cls, options):
+        "The spatial attention that the options name."
+        return [f"attention.{options.attention}"]
 
     def setup(self):
+        "The STA layers and the classifier."
         o, n_ch = self.options, self.backbone.n_ch
         attention = getattr(stanet.attention, o.attention)
-        def layer(m): return STALayer(n_ch, 2 * n_ch if m else n_ch, self.way, o.d_k, o.d_v, attention, sigma=o.sigma)
-        self.layers = nn.ModuleList(layer(m) for m in range(o.layers))
+        widths = [n_ch] + [2 * n_ch] * (o.layers - 1)  # of what each layer asks with
+        kind = self.way, o.d_k, o.d_v, attention
+        self.layers = nn.ModuleList(STALayer(n_ch, d_h, *kind, sigma=o.sigma) for d_h in widths)
         self.W_o = nn.Linear(o.layers * o.d_v, self.way, bias=False)
 
-    def attend(self, support, labels, query) -> tuple[torch.Tensor, list[Maps]]:
-        "Logits `(B, Q, way)` and the attention of each layer, from maps `(B, S, n_ch, h_f, w_f)`, labels `(B, S)` and maps `(B, Q, n_ch, h_f, w_f)`."
+    def attend(self,
+        support,  # (B, S, n_ch, h_f, w_f) feature maps
+        labels,   # (B, S), 0..way-1
+        query,    # (B, Q, n_ch, h_f, w_f) feature maps
+    ) -> tuple[torch.Tensor, list[Maps]]:
+        "Logits `(B, Q, way)` and the attention of each layer."
         C_tr, C_ts = support.flatten(-2), query.flatten(-2)
         y = F.one_hot(labels.long(), self.way).to(support.dtype)
         h_ts, contexts, maps = C_ts.mean(-1), [], []
@@ -62,7 +71,8 @@ class STANet(Method):
         matrices = [self.W_o, *(layer.task.W_v for layer in self.layers)]
         smallest = min(float(m.weight.detach().square().mean().sqrt()) for m in matrices)
         if smallest >= 1e-4: return ""
-        return "the attention head has shrunk to zero and learns no more; use decay_head: false or decoupled: true"
+        advice = "use decay_head: false or decoupled: true"
+        return f"the attention head has shrunk to zero and learns no more; {advice}"
 
     def show(self, pack, tasks, row: int = 0, **options):
         "The attention of all layers on the images of the task `row`."
