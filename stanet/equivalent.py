@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 from .fingerprints import COLUMNS, proved_equal, read_equivalent
 from .packs import atomic
-from .parameters import Params, Run, TaskSet, Test, load_params, pack_path, root, run_fields
+from .parameters import Params, Run, TaskSet, Test, load_params, network_fields, pack_path, root, run_fields
 
 # %% ../nbs/18_equivalent.ipynb #76b43f74
 def own_tree():
@@ -322,13 +322,17 @@ def _jobs(params: Params, cards: dict, steps=None) -> dict:  # name -> job
 
 def _defaults(model) -> dict: return {k: field.default for k, field in model.model_fields.items()}
 
+def _run_options(job: dict, run: Run) -> frozenset:
+    if job["kind"] == "test":  # which depends on the network alone
+        fields = {k: v for k, v in network_fields(run).items() if k != "options"} | run.options.model_dump()
+        return active_options(fields, _defaults(type(run)))
+    fields = dict(job["fields"])
+    if run.precision == "auto": fields["precision"] = job["precision"]
+    return active_options(fields, _defaults(type(run)))
+
 def _options(job: dict, params: Params) -> frozenset:
     options = {("kind", job["kind"])}
-    if "run" in job:
-        run = params.runs[job["run"]]
-        fields = dict(job["fields"])
-        if job["kind"] == "training" and run.precision == "auto": fields["precision"] = job["precision"]
-        options |= active_options(fields, _defaults(type(run)))
+    if "run" in job: options |= _run_options(job, params.runs[job["run"]])
     if "set" in job: options |= active_options(job["set_fields"], _defaults(TaskSet))
     return frozenset(options)
 

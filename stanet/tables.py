@@ -93,7 +93,7 @@ def _status(wanted: int, found: int) -> str:  # numbers of tests, not all of whi
     if not wanted: return "not implemented yet"
     return f"{found} of {wanted} run" if found else "not run"
 
-# %% ../nbs/19_tables.ipynb #43e91029
+# %% ../nbs/19_tables.ipynb #58fffd4e
 def line_of(
     row,            # of a report
     metrics: dict,  # name of a test -> its metrics
@@ -110,6 +110,7 @@ def line_of(
     check_alike(found)
     return line | _measured(of_tests)
 
+# %% ../nbs/19_tables.ipynb #a80817ae
 def tidy(
     rows: list,     # of a report
     metrics: dict,  # name of a test -> its metrics
@@ -143,7 +144,7 @@ def difference_of(cell) -> str:
     half = np.hypot(*np.nan_to_num([cell["ours_ci"], cell["paper_ci"]]))
     return f"{difference:+.2f} {_mark(difference, half)}"
 
-# %% ../nbs/19_tables.ipynb #1f64a09f
+# %% ../nbs/19_tables.ipynb #5fd4a30f
 def name_of(cell) -> str:
     "The method of a line of a tidy table, with its variant."
     return cell["method"] if pd.isna(cell["variant"]) else f"{cell['method']} ({cell['variant']})"
@@ -184,7 +185,7 @@ def flat(printed: pd.DataFrame) -> pd.DataFrame:
     headings = [": ".join(column) for column in printed.columns]
     return printed.set_axis(headings, axis=1).reset_index()
 
-# %% ../nbs/19_tables.ipynb #f2c6fb0c
+# %% ../nbs/19_tables.ipynb #a94e1cfd
 def write_table(table: pd.DataFrame, stem):
     "Write `stem`.csv (tidy), .md (as printed, cut to the width of a page), .tex and .html (as printed)."
     printed = wide(table)
@@ -238,8 +239,7 @@ def compare(
     correct, of_other = map(read_correct, folders)
     return paired(correct, of_other, metrics[0]["queries"])
 
-
-# %% ../nbs/19_tables.ipynb #60bff66c
+# %% ../nbs/19_tables.ipynb #b5a4ea07
 def answer_of(difference: float, half: float) -> str:
     "What a difference with its interval says."
     if abs(difference) <= half: return "no difference can be seen"
@@ -302,6 +302,7 @@ def labels_of(cells: pd.DataFrame) -> list:
         labels.append(", ".join(parts))
     return labels
 
+# %% ../nbs/19_tables.ipynb #348dc164
 SIDES = {  # whose figure -> how it is drawn: above or below its line, colour, marker
     "paper": (-0.14, "#767676", "s"),
     "ours": (0.14, "#0072b2", "o"),
@@ -373,7 +374,7 @@ def recorded(card: dict, name: str):
         if name in place: return place[name]
     return UNKNOWN
 
-# %% ../nbs/19_tables.ipynb #314d8159
+# %% ../nbs/19_tables.ipynb #6a0e1db3
 def card_line(
     card: dict,   # of a run
     tests: list,  # the task sets that it was tested on
@@ -398,6 +399,7 @@ def card_line(
         "taken over by": ", ".join(code[:8] for code in taken_over(card, rows)),
     }
 
+# %% ../nbs/19_tables.ipynb #f833124d
 def _tested_on(metrics: dict) -> dict:  # name of a test -> its metrics; returns run -> its task sets
     sets = {}
     for name, of_test in metrics.items():

@@ -77,7 +77,7 @@ def browser():
 
 def test_every_page_is_there(pages):
     def page_of(path): return re.sub(r"(^|/)\d+_", r"\1", path.relative_to(ROOT / "nbs").with_suffix(".html").as_posix())
-    expected = {"results/index.html", "reference/command.html", "reference/params.html"}
+    expected = {"results/index.html", "reference/command.html", "reference/params.html", "project/modules.html"}
     for folder in (".", "methods", "tutorials", "project"): expected |= {page_of(p) for p in (ROOT / "nbs" / folder).glob("*.ipynb")}
     expected |= {f"results/{p.stem}.html" for p in (ROOT / "results").glob("*.ipynb")}
     expected |= {f"runs/{p.parent.name}.html" for p in (ROOT / "runs").glob("*/card.json")}
@@ -108,6 +108,15 @@ def test_pages_stand_alone(pages):
     assert [(n, f) for n, p in pages.items() for f in p.loads if urlsplit(f).scheme not in ("", "data")] == []
     assert [(n, i.get("src", "")[:60]) for n, p in pages.items() for i in p.images if not i.get("alt", "").strip()] == []
     assert [n for n in pages if (DOCS / n).stat().st_size > 1_500_000] == []
+
+
+def test_graph_of_modules_leads_to_each_module(pages):
+    graph, text = pages["project/modules.html"], (DOCS / "project" / "modules.html").read_text()
+    for page in ("packs.html", "attention.html", "methods/maml.html", "project/bench.html"):
+        link = page.removeprefix("project/") if page.startswith("project/") else f"../{page}"
+        assert link in graph.links, page
+    assert text.count("<rect") == sum(1 for p in (ROOT / "stanet").rglob("[a-z]*.py"))
+    assert "project/modules.html" in pages["index.html"].links  # from the sidebar
 
 
 def test_every_run_of_a_table_is_one_click_away(pages):
@@ -201,6 +210,16 @@ def test_a_figure_leads_to_its_card(site, browser):
         assert f"{metrics['accuracy']:.2f} ± {metrics['ci95']:.2f}" in text
     for heading in ("Measured", "Time, device, code and versions", "Parameters", "Its notebook"): assert heading in text
     page.close()
+
+
+def test_drawings_are_inverted_in_the_dark_and_other_figures_are_not(pages, site, browser):
+    drawn = next(n for n in pages if 'class="img-fluid drawing"' in (DOCS / n).read_text())
+    look = "all => all.map(e => [e.classList.contains('drawing'), getComputedStyle(e).filter !== 'none'])"
+    for scheme in ("light", "dark"):
+        page = browser(scheme=scheme)
+        page.goto(site + drawn)
+        for drawing, inverted in page.eval_on_selector_all("main img", look): assert inverted == (drawing and scheme == "dark"), scheme
+        page.close()
 
 
 def test_light_and_dark_by_hand(site, browser):
