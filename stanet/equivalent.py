@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import NamedTuple
 from .fingerprints import COLUMNS, proved_equal, read_equivalent
 from .packs import atomic
-from .parameters import Params, Run, TaskSet, Test, load_params, network_fields, pack_path, root, run_fields
+from .parameters import (Params, Run, TaskSet, Test, load_params, network_fields, pack_path, root,
+                               run_fields)
 
 # %% ../nbs/18_equivalent.ipynb #76b43f74
 def own_tree():

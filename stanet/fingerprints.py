@@ -457,7 +457,7 @@ def test_fingerprint(
     "The fingerprint of what `test` executes, of its run's fields, and of whether its answers are kept."
     run, task_set = params.runs[test.run], params.task_sets[test.task_set]
     values = {
-        "run": _values(run, params, of, rows),
+        "run": run_fields(run),
         "inductive": test.inductive,
         "answers": params.keeps_answers(test.name),
     }
