@@ -300,8 +300,8 @@ def _of_run(run: Run) -> dict: return {"run": run.key, "fields": json.loads(json
 def _of_set(name: str, task_set: TaskSet) -> dict:
     return {"set": name, "set_fields": task_set.model_dump(), "pack": task_set.pack}
 
-def _training_job(run: Run, card: dict, steps=None) -> dict:
-    noted = card.get("precision")
+def _training_job(run: Run, card: dict, steps=None, precision=None) -> dict:
+    noted = precision or card.get("precision")
     return _of_run(run) | {
         "kind": "training",
         "pack": run.pack,
@@ -314,8 +314,8 @@ def _test_job(test: Test, params: Params) -> dict:
     return job | {"kind": "test", "inductive": test.inductive}
 
 # %% ../nbs/18_equivalent.ipynb #814a5205
-def _jobs(params: Params, cards: dict, steps=None) -> dict:  # name -> job
-    jobs = {key: _training_job(params.runs[key], card, steps) for key, card in cards.items()}
+def _jobs(params: Params, cards: dict, steps=None, precision=None) -> dict:  # name -> job
+    jobs = {key: _training_job(params.runs[key], card, steps, precision) for key, card in cards.items()}
     tests = [t for t in params.tests.values() if t.run in cards]
     jobs |= {t.name: _test_job(t, params) for t in tests}
     sets = {t.task_set: params.task_sets[t.task_set] for t in tests}
@@ -391,7 +391,8 @@ def _tries(trees: tuple, chosen: list):  # yields each try with its old and new 
         for c, (old, new) in zip(tries, answers): yield c, old, new
 
 def _row(c: Candidate, rev: str) -> dict:  # a line of equivalent.csv
-    tried = (c.name, c.job.get("steps", 0), COMPARED[c.job["kind"]])
+    form = f" in {c.job['precision']}" if "precision" in c.job else ""
+    tried = (c.name, c.job.get("steps", 0), COMPARED[c.job["kind"]] + form)
     return dict(zip(COLUMNS, (*c.pair, rev, *tried)))
 
 def _compare(trees: tuple, chosen: list, missing: dict, rev: str) -> tuple:  # proved pairs, tries that differ
@@ -421,13 +422,14 @@ def equivalent(
     rev: str,          # a commit, a tag or a branch
     runs: list = None, # only these keys; a pair that needs others is not written
     steps: int = None, # of each training; 40 if not given, and 8 with ResNet12
+    precision: str = None,  # of each training, float32 or bf16; its card's if not given
 ) -> list:             # the pairs (new, old) that were added to equivalent.csv
     """Prove that the code of `rev` makes recorded results to the same bits as the code here.
     An unknown revision or run raises a `ValueError`."""
     rev = git("rev-parse", "--short=12", "--verify", f"{rev}^{{commit}}")
     params = load_params(thorough=False)
     cards = _recorded(params, runs)
-    jobs = _jobs(params, cards, steps)
+    jobs = _jobs(params, cards, steps, precision)
     speeds = {key: card.get("steps_per_second", 0.0) for key, card in cards.items()}
     with tempfile.TemporaryDirectory(prefix="stanet-equivalent-") as place:
         trees = old_tree(rev, Path(place) / "old"), new_tree(Path(place) / "new")

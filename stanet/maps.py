@@ -56,7 +56,7 @@ def draw_image(axis, picture, title: str):
     axis.set(xticks=[], yticks=[])
     axis.set_title(title, fontsize=7)
 
-# %% ../nbs/14_maps.ipynb #2d4f2b72
+# %% ../nbs/14_maps.ipynb #9a815783
 def _draw_images(axes, images, titles, framed):  # `framed`: which of the images have a green frame
     for axis, image, title, frame in zip(axes, images, titles, framed):
         draw_image(axis, image.expand(-1, -1, 3), title)
@@ -75,7 +75,7 @@ def _titles(pack, support, probabilities) -> list:  # class and probability of e
     names = [short_name(pack, i) for i in support]
     return [f"{name}\nP = {p:.2f}" for name, p in zip(names, probabilities)]
 
-# %% ../nbs/14_maps.ipynb #64ebc033
+# %% ../nbs/14_maps.ipynb #1508f63d
 def show_task(
     net,               # a network with `attend`
     pack: Pack,        # the images that `tasks` points into
@@ -88,13 +88,11 @@ def show_task(
     "Draw the attention of all layers on the support images and on one query of a task."
     import matplotlib.pyplot as plt  # here, as commands that draw nothing need not wait for it
     probabilities, layers = look(net, pack, tasks, row)
-    support = tasks.support[row].long()
-    labels = tasks.support_labels[row].long()
+    support, labels = tasks.support[row].long(), tasks.support_labels[row].long()
     shown = [*support, tasks.query[row, query].long()]
     images = [pack.images[i] for i in shown]
     high, across = len(layers) + 1, len(images)
-    inches = (across * size, high * size * 1.25)
-    figure = figure or plt.figure(figsize=inches, layout="constrained")
+    figure = figure or plt.figure(figsize=(across * size, high * size * 1.25), layout="constrained")
     axes = figure.subplots(high, across, squeeze=False)
     titles = _titles(pack, support, probabilities[query, labels])
     true_class = labels == tasks.query_labels[row, query]
@@ -104,7 +102,7 @@ def show_task(
         axes[m, 0].set_ylabel(f"layer {m}", fontsize=8)
     return figure
 
-# %% ../nbs/14_maps.ipynb #a6023070
+# %% ../nbs/14_maps.ipynb #b091211d
 def _overlap(
     lo: torch.Tensor,    # (n,) pixels
     hi: torch.Tensor,    # (n,) pixels, excluded
@@ -119,6 +117,7 @@ def _overlap(
     middle = (edge[1:] + edge[:-1]) / 2
     return share, (middle >= lo) & (middle < hi)
 
+# %% ../nbs/14_maps.ipynb #a6023070
 def box_cover(
     boxes: torch.Tensor,  # (n, 4): x0, y0, x1, y1 in pixels, ends excluded
     size: int,            # pixels a side of an image
@@ -133,7 +132,7 @@ def box_cover(
     centre = inside_down[:, :, None] & inside_across[:, None]
     return cover.flatten(1), centre.flatten(1)
 
-# %% ../nbs/14_maps.ipynb #d18ac773
+# %% ../nbs/14_maps.ipynb #e2a5a236
 def _query_maps(net, maps, tasks):  # -> (queries, L) of each layer
     "The attention on each query image, for all queries of these tasks."
     support = maps[tasks.support.long()]
@@ -142,12 +141,6 @@ def _query_maps(net, maps, tasks):  # -> (queries, L) of each layer
     return [layer.a_ts.flatten(0, 1).cpu() for layer in layers]
 
 # %% ../nbs/14_maps.ipynb #7c39a540
-def _of_chance(cover, centre, query) -> dict:
-    return {
-        "random_site_in_box": float(100 * centre[query].float().mean()),
-        "uniform_mass_in_box": float(100 * cover[query].mean()),
-    }
-
 @torch.no_grad()
 def box_scores(
     net,                 # a network with `attend`
@@ -157,8 +150,7 @@ def box_scores(
     batch: int = 100,    # tasks at once
 ) -> dict:               # lists with a number for each layer, and numbers
     "Peak and mass in box of the queries' maps, in percent by layer, and those of chance."
-    size, side = pack.images.shape[1], maps.shape[-1]
-    cover, centre = box_cover(pack.boxes, size, side)
+    cover, centre = box_cover(pack.boxes, size=pack.images.shape[1], side=maps.shape[-1])
     peak, mass = torch.zeros(2, len(net.layers))
     for rows in torch.arange(len(tasks.support)).split(batch):
         t = tasks.subset(rows)
@@ -168,8 +160,9 @@ def box_scores(
             peak[m] += centre[query].gather(1, highest).float().sum()
             mass[m] += (cover[query] * a).sum()
     seen = tasks.query.flatten().long().cpu()
-    found = {
+    return {
         "peak_in_box": (100 * peak / len(seen)).tolist(),
+        "random_site_in_box": float(100 * centre[seen].float().mean()),
         "mass_in_box": (100 * mass / len(seen)).tolist(),
+        "uniform_mass_in_box": float(100 * cover[seen].mean()),
     }
-    return found | _of_chance(cover, centre, seen)
