@@ -57,7 +57,7 @@ def _importing(path: Path):
     finally:
         if is_new and folder.is_dir() and not any(folder.iterdir()): folder.rmdir()
 
-# %% ../nbs/20_cli.ipynb #5ddd9457
+# %% ../nbs/20_cli.ipynb #0a691bd1
 def _pack_name(name: str, size: int | None) -> str:
     usual = SOURCES[name][1] if name in SOURCES else size
     return name if size is None or size == usual else f"{name}-{size}"
@@ -96,7 +96,7 @@ def problems_with(name: str, pack: Pack) -> list:
     "A line for each deviation of the pack `name` from what is known of it."
     return [*_size_problems(pack), *_digest_problems(name, pack), *_split_problems(name, pack)]
 
-# %% ../nbs/20_cli.ipynb #2fc612f8
+# %% ../nbs/20_cli.ipynb #80e280dd
 def _splits_of(name: str, pack: Pack) -> list:
     "The splits of the pack `name`; a pack of one's own has one if it has ten classes."
     if name in SUMMARIES: return list(SUMMARIES[name])
@@ -167,8 +167,7 @@ def _verify(name: str, path: Path | None) -> tuple[str, list, bool]:
     if found: return "deviates", [_in_short(pack), *found], False
     return "in order", [_in_short(pack), *notes_on(name, pack)], True
 
-
-# %% ../nbs/20_cli.ipynb #654df7a8
+# %% ../nbs/20_cli.ipynb #b7be56e2
 @data_app.command("verify")
 def data_verify(
     names: Annotated[list[str] | None, typer.Argument(help="names of packs; none for all")] = None,
@@ -214,8 +213,7 @@ def equivalent(
     from stanet.equivalent import equivalent
     equivalent(rev, steps=steps)
 
-
-# %% ../nbs/20_cli.ipynb #5e1a21ca
+# %% ../nbs/20_cli.ipynb #65b4dd89
 @app.command()
 def glyphs():
     "Draw the embedded data set."
@@ -251,7 +249,7 @@ def interruptible(again: str):
         if is_first: print(f"stanet: {message}", file=sys.stderr)
         raise typer.Exit(130) from None
 
-# %% ../nbs/20_cli.ipynb #53040f82
+# %% ../nbs/20_cli.ipynb #6cf1a821
 _Key = Annotated[str, typer.Argument(help="name of a run in params.yaml")]
 _Tasks = Annotated[str, typer.Argument(help="name of a task set in params.yaml")]
 _INDUCTIVE = "answer each query without the others, where the method's authors don't"
@@ -275,7 +273,7 @@ def fit_command(key: _Key):
     run = find_run(key)
     with interruptible(f"stanet fit {key}"): fit(run, load_data(run.pack))
 
-# %% ../nbs/20_cli.ipynb #60c0088a
+# %% ../nbs/20_cli.ipynb #2e349698
 @app.command("test")
 def test_command(key: _Key, tasks: _Tasks, inductive: _Inductive = False):
     "Test the stored weights of the run KEY on the task set TASKS."
