@@ -114,7 +114,7 @@ def test_a_changed_step_changes_all_trainings_and_no_test(package, prints, now):
 
 
 def test_an_attention_changes_the_runs_that_use_it(package, prints, now, params):
-    replace(package / "attention.py", "1 / C.shape[3]", "1.0 / C.shape[3]")
+    replace(package / "attention.py", "C.shape[1], L), 1 / L)", "C.shape[1], L), 1.0 / L)")
     uniform = {k for k, r in params.runs.items() if getattr(r.options, "attention", "") == "UniformAttention"}
     tests = {n for n, t in params.tests.items() if t.run in uniform}
     assert uniform and changed(now, prints(package)) == NOTHING | {"runs": uniform, "tests": tests}
