@@ -58,7 +58,8 @@ from .training import Recipe
 class RunCells(exec_show_docs):
     "Execute all code cells of a notebook, `#| eval: false` excepted, and keep their outputs."
     def begin(self):
-        "Start the shell that runs the cells."
+        "Start the shell that runs the cells, with gradients whatever the notebook before did."
+        torch.set_grad_enabled(True)
         self.k = CaptureShell(mpl_format="retina")
         self.k.run_cell("from nbdev.showdoc import show_doc")
 
@@ -937,7 +938,7 @@ def modules_page() -> list:  # cells
 
 # %% ../nbs/project/site.ipynb #18114e3c
 class Site(smalldocs.site.Site):
-    "smalldocs' site with nbdev's page names."
+    "smalldocs' site with nbdev's page names, and with relative links in raw HTML too."
     def read(self, src):
         "A page, under the name that its front matter gives it."
         page = super().read(src)
@@ -948,6 +949,14 @@ class Site(smalldocs.site.Site):
         "The page with this source, or else with this address; None without one."
         found = super().find_page(target)
         return found or next((p for p in self.pages.values() if p.out == target), None)
+
+    def render_page(self, page):
+        "Write the page's HTML; its links from the root become relative, and broken ones are noted."
+        super().render_page(page)
+        def relative(found):
+            "A link from where the page lies."
+            return found[1] + self.resolve(found[2], page)
+        page.html = re.sub(r'(<a href=")(/[^"]*)', relative, page.html)
 
 def katex() -> Path:
     "The folder of KaTeX's files, from the package that ships them."

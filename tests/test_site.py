@@ -106,6 +106,7 @@ def test_links_lead_somewhere(pages):
 
 def test_pages_stand_alone(pages):
     assert [(n, f) for n, p in pages.items() for f in p.loads if urlsplit(f).scheme not in ("", "data")] == []
+    assert [(n, link) for n, p in pages.items() for link in p.links if link.startswith("/")] == [], "the site may lie in a folder"
     assert [(n, i.get("src", "")[:60]) for n, p in pages.items() for i in p.images if not i.get("alt", "").strip()] == []
     assert [n for n in pages if (DOCS / n).stat().st_size > 1_500_000] == []
 
