@@ -24,10 +24,6 @@ def conv_block(
     return nn.Sequential(*layers)
 
 # %% ../nbs/06_embedding.ipynb #6ddeada4
-def _conv_blocks(channels, width, pools, dropout) -> list:
-    inputs = [channels, width, width, width]
-    return [conv_block(c_in, width, i < pools, dropout) for i, c_in in enumerate(inputs)]
-
 class Conv64(nn.Module):
     "Images `(n, c, h, w)` to maps `(n, n_ch, h // 2**pools, w // 2**pools)`: four blocks, some pool."
     def __init__(
@@ -39,7 +35,9 @@ class Conv64(nn.Module):
     ):
         super().__init__()
         self.n_ch = width
-        self.blocks = nn.Sequential(*_conv_blocks(channels, width, pools, dropout))
+        inputs = [channels, width, width, width]
+        blocks = [conv_block(c_in, width, i < pools, dropout) for i, c_in in enumerate(inputs)]
+        self.blocks = nn.Sequential(*blocks)
 
     def forward(self, images):
         "The feature maps of a batch of images."
@@ -101,7 +99,7 @@ class ResNet12(nn.Module):
         return self.blocks(images)
 
 # %% ../nbs/06_embedding.ipynb #2fa453d7
-class Strided64(nn.Module):
+class Strided64(Conv64):
     "Images `(n, c, h, w)` to maps `(n, n_ch, h_f, w_f)`: four blocks, the first `pools` of stride 2."
     def __init__(
         self,
@@ -110,15 +108,8 @@ class Strided64(nn.Module):
         pools: int = 4,        # blocks that halve the map, 0..4
         dropout: float = 0.0,  # share of the values that training sets to zero
     ):
-        super().__init__()
-        self.n_ch = width
-        blocks = _conv_blocks(channels, width, 0, dropout)
-        for block in blocks[:pools]: block[0].stride = (2, 2)
-        self.blocks = nn.Sequential(*blocks)
-
-    def forward(self, images):
-        "The feature maps of a batch of images."
-        return self.blocks(images)
+        super().__init__(channels, width, 0, dropout)
+        for block in self.blocks[:pools]: block[0].stride = (2, 2)
 
 # %% ../nbs/06_embedding.ipynb #166ee693
 def _without_last_relu(block) -> nn.Sequential:

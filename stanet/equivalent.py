@@ -295,6 +295,10 @@ def _recorded(params: Params, runs=None) -> dict:  # key -> card
         if key not in params.runs or key not in paths: raise ValueError(f"runs.{key}: not a recorded run")
     return {k: json.loads(paths[k].read_text()) for k in params.runs if k in paths}
 
+def _noted(pattern: str) -> set:  # stems of the files that git doesn't ignore
+    files = git("ls-files", "-co", "--exclude-standard", "--", pattern).splitlines()
+    return {Path(name).stem for name in files}
+
 def _of_run(run: Run) -> dict: return {"run": run.key, "fields": json.loads(json.dumps(run_fields(run)))}
 
 def _of_set(name: str, task_set: TaskSet) -> dict:
@@ -318,7 +322,7 @@ def _jobs(params: Params, cards: dict, steps=None, precision=None) -> dict:  # n
     jobs = {key: _training_job(params.runs[key], card, steps, precision) for key, card in cards.items()}
     tests = [t for t in params.tests.values() if t.run in cards]
     jobs |= {t.name: _test_job(t, params) for t in tests}
-    sets = {t.task_set: params.task_sets[t.task_set] for t in tests}
+    sets = {name: t for name, t in params.task_sets.items() if name in _noted("tasks/*.sha256")}
     return jobs | {f"tasks {name}": _of_set(name, t) | {"kind": "tasks"} for name, t in sets.items()}
 
 def _defaults(model) -> dict: return {k: field.default for k, field in model.model_fields.items()}

@@ -254,10 +254,10 @@ def images_seen(run: Run) -> int:
     "Images that the run's training shows, repetitions included."
     return sum(recipe.steps * images_a_step(run, recipe) for recipe in run.recipes.values())
 
-def recipe_name(run: Run) -> str:
-    "The name of the run's recipe, or of that of each stage."
-    if isinstance(run.recipe, str): return run.recipe
-    return ", ".join(f"{stage}: {name}" for stage, name in run.recipe.items())
+def recipe_name(recipe) -> str:
+    "The name of a run's recipe; of a method with several stages the name for each stage."
+    if isinstance(recipe, str): return recipe
+    return ", ".join(f"{stage}: {name}" for stage, name in recipe.items())
 
 def _git(*command) -> str:  # what it says; nothing if it fails
     try: done = subprocess.run(["git", *command], cwd=root(), capture_output=True, text=True)
@@ -321,7 +321,7 @@ def tasks_in_numbers(tasks: Tasks) -> dict:
 def budget_of(run: Run) -> dict:
     "What a run's training costs."
     steps = sum(recipe.steps for recipe in run.recipes.values())
-    return {"seed": run.seed, "recipe": recipe_name(run), "steps": steps, "images": images_seen(run)}
+    return {"seed": run.seed, "recipe": recipe_name(run.recipe), "steps": steps, "images": images_seen(run)}
 
 def metrics_of(
     run: Run,             # what was trained

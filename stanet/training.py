@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from .episodes import Augmentation, Episodes, ImageBatches, Tasks, augment, load_images, resized
+from .episodes import Augmentation, Classes, Episodes, ImageBatches, Tasks, augment, load_images, resized
 from .method import Batch, Method, added, renamed
 from .runtime import (Checkpoints, Progress, describe_device, devices_together, exclusive_lock,
                             keep_freed_memory, latest_of_all, noted_interrupt, pressed_in_any)
@@ -280,7 +280,8 @@ def make_sampler(
     "Draws the batches of a recipe: tasks, or images."
     if recipe.sampler == "images": return ImageBatches(len(data.labels), recipe.seed, device)
     labels, kind = data.labels.to(device), (recipe.one_query, recipe.classes, recipe.seed)
-    return Episodes(labels, net.way, net.shot, recipe.query, *kind, data.names, data.parents)
+    about = Classes(data.names, data.parents)
+    return Episodes(labels, net.way, net.shot, recipe.query, *kind, about)
 
 def with_others(
     index,         # (N,) the images of n tasks
