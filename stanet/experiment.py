@@ -94,6 +94,7 @@ def channel_statistics(
         deviations.append(round(float(pixels.std()), 6))
     return means, deviations
 
+# %% ../nbs/17_experiment.ipynb #abadbea2
 def network_config(
     run: Run,
     training: Pack,   # its training images
@@ -294,6 +295,7 @@ def card_of(
         **trained,
     }
 
+# %% ../nbs/17_experiment.ipynb #89421cac
 def record(
     run: Run,
     net: Method,            # as it was trained
@@ -323,6 +325,7 @@ def budget_of(run: Run) -> dict:
     steps = sum(recipe.steps for recipe in run.recipes.values())
     return {"seed": run.seed, "recipe": recipe_name(run.recipe), "steps": steps, "images": images_seen(run)}
 
+# %% ../nbs/17_experiment.ipynb #15815c32
 def metrics_of(
     run: Run,             # what was trained
     net: Method,          # its stored network
@@ -443,6 +446,7 @@ def _failure(error, notebook: Path, draft: Path) -> BaseException:
     kept = f"the notebook up to there is {draft.relative_to(root())}"
     return ValueError(f"{notebook.name}: {error.ename}: {error.evalue}; {kept}")
 
+# %% ../nbs/17_experiment.ipynb #059328dd
 def _run_notebook(notebook: Path, draft: Path, parameters: dict):
     import papermill
     os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")  # the kernel of this environment, not the user's

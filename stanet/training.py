@@ -18,7 +18,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from .episodes import Augmentation, Classes, Episodes, ImageBatches, Tasks, augment, load_images, resized
+from .episodes import (Augmentation, Classes, Episodes, ImageBatches, Tasks, augment, load_images,
+                             resized)
 from .method import Batch, Method, added, renamed
 from .runtime import (Checkpoints, Progress, describe_device, devices_together, exclusive_lock,
                             keep_freed_memory, latest_of_all, noted_interrupt, pressed_in_any)
