@@ -58,8 +58,7 @@ from .training import Recipe
 class RunCells(exec_show_docs):
     "Execute all code cells of a notebook, `#| eval: false` excepted, and keep their outputs."
     def begin(self):
-        "Start the shell that runs the cells, with gradients whatever the notebook before did."
-        torch.set_grad_enabled(True)
+        "Start the shell that runs the cells."
         self.k = CaptureShell(mpl_format="retina")
         self.k.run_cell("from nbdev.showdoc import show_doc")
 

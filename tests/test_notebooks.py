@@ -1,5 +1,5 @@
 "Every notebook runs from top to bottom, and the package is what the notebooks export."
-import pytest
+import pytest, torch
 from nbdev.test import test_nb as run_notebook
 from conftest import ROOT, run
 
@@ -16,6 +16,7 @@ def test_checks_pass(notebook, monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "agg")
     passed, _ = run_notebook(notebook, do_print=True, basepath=ROOT)
     assert passed, f"{notebook.name}: a check failed, see above"
+    assert torch.is_grad_enabled(), f"{notebook.name}: it leaves gradients off, and the next one trains"
 
 
 def test_package_is_what_the_notebooks_export(project):
