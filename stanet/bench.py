@@ -309,6 +309,7 @@ def _largest_difference(name, cached, anew) -> float:
 def _clocked(act):  # -> what it returns, seconds
     start = time.perf_counter()
     found = act()
+    if torch.cuda.is_available(): torch.cuda.synchronize()  # its kernels may still be running
     return found, time.perf_counter() - start
 
 def _evaluation_setting(setting, n, classes, each):  # -> network, images, tasks

@@ -396,10 +396,12 @@ def run_test(job: Test, params: Params) -> dict:
 
 # %% ../nbs/17_experiment.ipynb #18a9648d
 def with_palette(png: str) -> str:  # base64 -> base64
-    "A picture in the 128 colours that fit it best: executed notebooks are kept in git and should stay small."
-    picture = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+    """A picture in the 128 colours that fit it best: executed notebooks are kept in git and should stay small.
+    One with transparent parts stays as it is."""
+    picture = Image.open(io.BytesIO(base64.b64decode(png)))
+    if picture.convert("RGBA").getextrema()[3] != (255, 255): return png
     small = io.BytesIO()
-    picture.quantize(128, kmeans=3).save(small, "PNG", optimize=True)
+    picture.convert("RGB").quantize(128, kmeans=3).save(small, "PNG", optimize=True)
     return base64.b64encode(small.getvalue()).decode()
 
 # %% ../nbs/17_experiment.ipynb #5a6f7582

@@ -99,11 +99,13 @@ def describe_device() -> dict:
     }
     return about | {package: version(package) for package in PACKAGES}
 
-def _both(old: str, new: str) -> str: return old if new in old.split("; ") else f"{old}; {new}"
+def _both(old: str, new: str) -> str:
+    names = old.split("; ")
+    return "; ".join(names + [name for name in new.split("; ") if name not in names])
 
 def devices_together(
     before: dict,  # as `describe_device` returns it, or joined already
-    now: dict,     # as `describe_device` returns it
+    now: dict,     # likewise
 ) -> dict:
     "The two descriptions in one, field by field: 'this; that' where they differ."
     return {field: _both(before.get(field, new), new) for field, new in now.items()}

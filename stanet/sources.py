@@ -557,7 +557,7 @@ SOURCES = {  # name -> reader, size of the images in pixels
 def check_name(name: str):
     "Raise a `ValueError` for a name that can't be part of the name of a file or a run."
     if re.fullmatch(r"[a-z0-9][a-z0-9-]*", name): return
-    rule = "a name is made of small letters, digits and hyphens, such as my-birds"
+    rule = "a name is made of lowercase letters, digits and hyphens, such as my-birds"
     raise ValueError(f"data set {name!r}: {rule}")
 
 def _check_folder(name: str, folder: Path):
