@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'data_app', 'problems_with', 'notes_on', 'data_import', 'data_download', 'data_verify', 'data_list', 'check',
            'fingerprints', 'equivalent', 'glyphs', 'tasks', 'interruptible', 'train_command', 'fit_command',
-           'test_command', 'report', 'with_results', 'bench_command', 'readme', 'main']
+           'campaign_command', 'test_command', 'report', 'with_results', 'bench_command', 'readme', 'main']
 
 # %% ../nbs/20_cli.ipynb #a2a4b24e
 import os, re, sys, tempfile, time
@@ -272,6 +272,20 @@ def fit_command(key: _Key):
     Nothing is recorded: `stanet train KEY` then finds the training finished and records it."""
     run = find_run(key)
     with interruptible(f"stanet fit {key}"): fit(run, load_data(run.pack))
+
+@app.command("campaign")
+def campaign_command(
+    keys: Annotated[list[str], typer.Argument(help="runs in params.yaml, in the order of their start")],
+    minutes: Annotated[float, typer.Option(help="for all of them together")],
+    at_once: Annotated[int | None, typer.Option(help="side by side; one a core, or eight on a GPU")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder for the table and the newest states")] = None,
+):
+    """Train the runs KEYS side by side within a number of minutes, and save the states of those not finished.
+
+    Nothing is recorded: `stanet train KEY` then goes on from the state, here or where it is copied to."""
+    from stanet.campaign import campaign
+    with interruptible(f"stanet campaign {' '.join(keys)} --minutes {minutes:g}"):
+        print(campaign(keys, minutes, at_once, out).to_string(index=False))
 
 # %% ../nbs/20_cli.ipynb #2e349698
 @app.command("test")

@@ -396,7 +396,7 @@ def run_test(job: Test, params: Params) -> dict:
 
 # %% ../nbs/17_experiment.ipynb #18a9648d
 def with_palette(png: str) -> str:  # base64 -> base64
-    """A picture in the 128 colours that fit it best: executed notebooks are kept in git and should stay small.
+    """A picture in the 128 colours that fit it best, since executed notebooks are kept in git.
     One with transparent parts stays as it is."""
     picture = Image.open(io.BytesIO(base64.b64decode(png)))
     if picture.convert("RGBA").getextrema()[3] != (255, 255): return png
