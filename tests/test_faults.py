@@ -284,7 +284,8 @@ def test_every_method_has_a_run(name, usual_params):
     "Its options have names of their own, and with their defaults it takes a task of glyphs."
     params = unshared(yaml.safe_load(usual_params))
     recipe = dict.fromkeys(find_method(name).stages, "quick")
-    glyphs_run(method=name, width=8, recipe=recipe)(params)
+    larger_maps = {"relation": {"pools": 2, "relation_padding": True}}  # its module has pools of its own
+    glyphs_run(method=name, width=8, recipe=recipe, **larger_maps.get(name, {}))(params)
     assert parameters.problems_of(params)[1] == []
 
 
