@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import nn
-from ..embedding import drop_last_relu
+from ..embedding import drop_last_relu, map_shape
 from ..losses import task_loss
 from ..method import Method, MethodOptions, gather_maps, share_correct
 
@@ -55,11 +55,7 @@ class AverageGenerator(nn.Module):
 
 class AttentionGenerator(AverageGenerator):
     "New weights from the average of the supports, and from the base classes that resemble them."
-    def __init__(self,
-        d: int,             # features of an image
-        n_classes: int,     # base classes
-        gamma: float,       # first factor of the cosines between queries and keys
-    ):
+    def __init__(self, d: int, n_classes: int, gamma: float):
         super().__init__(d, n_classes, gamma)
         self.phi_att = nn.Parameter(torch.ones(d))
         self.phi_q = nn.Linear(d, d)
@@ -76,13 +72,8 @@ class AttentionGenerator(AverageGenerator):
         if left_out is not None: logits = logits.masked_fill(left_out[:, None], -torch.inf)
         return logits.softmax(-1)
 
-    def forward(self,
-        z,                  # (B, S, d) of the supports, length 1
-        labels,             # (B, S)
-        W,                  # (n_classes, d) of the base classes, length 1
-        left_out=None,      # bool (B, n_classes): base classes that a task must not see
-    ):                      # (B, way, d)
-        "The weights of a task's classes."
+    def forward(self, z, labels, W, left_out=None):
+        "The weights of a task's classes, from and to what `AverageGenerator` takes and returns."
         resembling = self.attention(z, left_out) @ W
         return super().forward(z, labels, W) + self.phi_att * class_means(resembling, labels)
 
@@ -104,19 +95,12 @@ class Gidaris(Method):
             raise ValueError(f"way: {playing}, and none is left")
         if not o.last_relu: drop_last_relu(self.backbone)
         if not o.cache_features: self.cached = ()
-        n_ch, self.grid = self._map_shape()
+        n_ch, *grid = map_shape(self.backbone, self.size)
+        self.grid = (1, 1) if o.features == "mean" else tuple(grid)
         self.d = n_ch * self.grid[0] * self.grid[1]
         self.W = nn.Parameter(torch.randn(self.classes, self.d) * (2 / self.d) ** 0.5)
         self.tau, self.b = nn.Parameter(torch.tensor(o.tau)), nn.Parameter(torch.zeros(()))
         self.generator = None
-
-    def _map_shape(self) -> tuple:  # channels, (height, width)
-        convolution = next(m for m in self.backbone.modules() if isinstance(m, nn.Conv2d))
-        with torch.no_grad():
-            maps = self.backbone.eval()(torch.zeros(1, convolution.in_channels, self.size, self.size))
-        self.backbone.train()
-        grid = (1, 1) if self.options.features == "mean" else tuple(maps.shape[-2:])
-        return maps.shape[1], grid
 
     def begin(self, stage):
         "Stage `meta`: freeze the embedding network, add the generator."

@@ -7,11 +7,13 @@ __all__ = ['PAIRS_AT_ONCE', 'GNNOptions', 'pair_signs', 'square', 'neighbour_wei
            'vector_block', 'GNN']
 
 # %% ../../nbs/methods/gnn.ipynb #a4b5aa63
+import math
 from typing import Annotated, Literal
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import nn
+from ..embedding import map_shape
 from ..method import Method, MethodOptions
 
 # %% ../../nbs/methods/gnn.ipynb #1657c91f
@@ -153,10 +155,14 @@ class GraphLayer(nn.Module):
 # %% ../../nbs/methods/gnn.ipynb #a52386ee
 PAIRS_AT_ONCE = 2**16  # in a test; more are slower on a CPU, and need more memory
 
-def vector_block(maps, features: int, form: str) -> nn.Sequential:  # (n, c, h, w) -> (n, features, 1, 1)
-    "The end of the embedding: from a map like the first of `maps` to a vector, as a map of one site."
-    linear = nn.Linear(maps[0].numel(), features, bias=form == "mini")
-    layers = [nn.Upsample(maps.shape[-2:]), nn.Flatten(), linear, nn.BatchNorm1d(features)]
+def vector_block(
+    shape: tuple,   # of a map: channels, height, width
+    features: int,  # of the vector
+    form: str,      # mini or omniglot
+) -> nn.Sequential:  # (n, c, h, w) -> (n, features, 1, 1)
+    "The end of the embedding: from a map to a vector, as a map of one site."
+    linear = nn.Linear(math.prod(shape), features, bias=form == "mini")
+    layers = [nn.Upsample(shape[1:]), nn.Flatten(), linear, nn.BatchNorm1d(features)]
     if form == "omniglot": layers.append(nn.LeakyReLU())
     return nn.Sequential(*layers, nn.Unflatten(1, (features, 1, 1)))
 
@@ -178,11 +184,9 @@ class GNN(Method):
         body = self.backbone
         if not isinstance(getattr(body, "blocks", None), nn.Sequential):
             raise ValueError(f"{type(body).__name__} has no blocks that a linear layer can follow")
-        channels = next(m for m in body.modules() if isinstance(m, nn.Conv2d)).in_channels
-        with torch.no_grad(): maps = body.eval()(torch.zeros(1, channels, self.size, self.size))
-        body.blocks.append(vector_block(maps, self.options.features, self.options.form))
+        shape = map_shape(body, self.size)
+        body.blocks.append(vector_block(shape, self.options.features, self.options.form))
         body.n_ch = self.options.features
-        body.train()
 
     def widths(self, d: int) -> list:
         "Of the hidden layers of a pair's network."

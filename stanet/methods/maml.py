@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import nn
 from torch.func import functional_call, grad, vmap
+from ..embedding import map_shape
 from ..method import Method, MethodOptions
 
 # %% ../../nbs/methods/maml.ipynb #58dbb1f5
@@ -47,10 +48,8 @@ class MAML(Method):
     Options, transductive = MAMLOptions, True
 
     def setup(self):
-        convolution = next(m for m in self.backbone.modules() if isinstance(m, nn.Conv2d))
-        with torch.no_grad():
-            maps = self.backbone.eval()(torch.zeros(1, convolution.in_channels, self.size, self.size))
-        replace_norms(self.backbone.train())
+        maps = torch.zeros(1, *map_shape(self.backbone, self.size))
+        replace_norms(self.backbone)
         self.head = nn.Linear(self.features(maps).shape[1], self.way)
 
     def embed(self, images):

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import nn
+from ..embedding import map_shape
 from ..method import Method, MethodOptions, gather_maps, share_correct
 
 # %% ../../nbs/methods/relation.ipynb #b697457d
@@ -132,11 +133,9 @@ class RelationNet(Method):
     def setup(self):
         o, backbone = self.options, self.backbone
         leave_unpadded(backbone, o.unpadded)
-        convolution = next(m for m in backbone.modules() if isinstance(m, nn.Conv2d))
-        with torch.no_grad():
-            maps = backbone.eval()(torch.zeros(1, convolution.in_channels, self.size, self.size))
-        replace_norms(backbone.train())
-        self.relation = RelationModule(backbone.n_ch, maps.shape[-1], int(o.relation_padding))
+        n_ch, side, _ = map_shape(backbone, self.size)
+        replace_norms(backbone)
+        self.relation = RelationModule(n_ch, side, int(o.relation_padding))
         begin_weights(self)
 
     @property

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import nn
+from ..embedding import map_shape
 from ..method import Method, MethodOptions
 
 # %% ../../nbs/methods/snail.ipynb #79725964
@@ -111,19 +112,10 @@ class SNAIL(Method):
             raise ValueError(f"longest: {o.longest} is less than the {n} support images of training tasks")
         self.n_support = o.longest or n
         depth = math.ceil(math.log2(self.n_support + 1))
-        self.project = projection(self.map_width(), o)
+        maps = torch.zeros(1, *map_shape(self.backbone, self.size))
+        self.project = projection(self.features(maps).shape[-1], o)
         self.layers, d = causal_layers(o.d_image + self.way, depth)
         self.output = nn.Linear(d, self.way)
-
-    def map_width(self) -> int:
-        "How many numbers of a map are projected."
-        if self.options.features == "mean": return self.backbone.n_ch
-        convolution = next(m for m in self.backbone.modules() if isinstance(m, nn.Conv2d))
-        with torch.no_grad():
-            image = torch.zeros(1, convolution.in_channels, self.size, self.size)
-            width = self.features(self.backbone.eval()(image)).shape[-1]
-        self.backbone.train()
-        return width
 
     def features(self, maps):  # (..., n_ch, h_f, w_f) -> (..., d)
         "What is projected."
