@@ -6,7 +6,7 @@
 and fails unless S = K and W = 0.
 To try another kind of file, add a `Format` to FORMATS: a name, a function that makes the bytes of a sound
 file, and one that reads a file and returns a digest of its content."""
-import argparse, copy, io, json, os, pickle, random, resource, shutil, signal, sys, tempfile, time, zipfile
+import argparse, copy, io, json, os, pickle, random, re, resource, shutil, signal, sys, tempfile, time, zipfile
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -452,7 +452,9 @@ def unknown_field(tree, dice):
 
 
 def mistyped_field(tree, dice):
-    fits = lambda path, parent: isinstance(parent, dict) and len(path) != 2  # names of entries are free
+    def fits(path, parent):
+        named = isinstance(path[-1], str)  # sizes of images and places in a list are numbers
+        return named and len(path) != 2  # names of entries are free
     parent, last, _ = a_place(tree, dice, fits)
     parent[last[:-1] + ("x" if last[-1] != "x" else "y")] = parent.pop(last)
     return tree
@@ -509,7 +511,7 @@ def other_words(text: str, tree, dice) -> str:
         lambda: "\n".join(lines) + "\n",
         lambda: yaml.safe_dump(tree, **style),
         lambda: text.replace("\n", "\r\n"),
-        lambda: json.dumps(tree),
+        lambda: re.sub(r'"(\d+)":', r"\1:", json.dumps(tree)),  # JSON makes text of numbers that are names
     ])()
 
 

@@ -230,7 +230,7 @@ NO_FIT = {
     f"runs.{ONE}.method: a method is named by its module": run_with(method="../../setup"),
     f"runs.{ONE}.inner_lr: Extra inputs are not permitted; it is an option of maml (found 0.4)":
         run_with(inner_lr=0.4),
-    "runs.extra.layers: Extra inputs are not permitted; it is an option of stanet (found 1)":
+    "runs.extra.layers: Extra inputs are not permitted; it is an option of gnn, stanet (found 1)":
         glyphs_run(method="protonet", layers=1),
     "runs.extra.inner_lr: Input should be greater than 0 (found -1.0)":
         glyphs_run(method="maml", inner_lr=-1.0),
