@@ -10,7 +10,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 help:                      ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */\1 | /' | column -t -s'|'
 
-quickstart: env            ## the whole pipeline on the embedded data set, under 6 minutes on two cores
+quickstart: env            ## the whole pipeline on the embedded data set, 3 to 9 minutes on two cores
 	$(BIN)/dvc repro report@quickstart
 	@cat results/quickstart.md; echo; echo "results/quickstart.ipynb shows the comparison, the curves and what attention looked at"
 
