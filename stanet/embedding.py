@@ -203,15 +203,15 @@ class PreActivationBlock(nn.Module):
 
 # %% ../nbs/06_embedding.ipynb #27b135ca
 def _tail(c_in, c_middle, c_out, dropout) -> nn.Sequential:
-    "Maps `(n, c_in, h, w)` to `(n, c_out, 1, 1)`: their mean, and two 1x1 convolutions; ends in a normalisation."
+    "Maps `(n, c_in, h, w)` to `(n, c_out, 1, 1)`: their mean and two 1x1 convolutions, the last normalised."
     activated = [nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(c_in), nn.ReLU()]
     middle = [nn.Conv2d(c_in, c_middle, 1), nn.Dropout(dropout), nn.BatchNorm2d(c_middle), nn.ReLU()]
     last = [nn.Conv2d(c_middle, c_out, 1), nn.BatchNorm2d(c_out), nn.Dropout(dropout)]
     return nn.Sequential(*activated, *middle, *last)
 
 class PreActivationResNet(nn.Module):
-    """Images `(n, c, h, w)` to vectors `(n, 8 width, 1, 1)`: four pre-activation blocks of 1, 1.5, 2 and 4 times
-    `width` channels, of which the first `pools` pool, and a tail."""
+    """Images `(n, c, h, w)` to vectors `(n, 8 width, 1, 1)`: four pre-activation blocks of 1, 1.5, 2 and 4
+    times `width` channels, of which the first `pools` pool, and a tail."""
     def __init__(
         self,
         channels: int = 3,     # of an image: 1 or 3

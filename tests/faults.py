@@ -6,7 +6,8 @@
 and fails unless S = K and W = 0.
 To try another kind of file, add a `Format` to FORMATS: a name, a function that makes the bytes of a sound
 file, and one that reads a file and returns a digest of its content."""
-import argparse, copy, io, json, os, pickle, random, re, resource, shutil, signal, sys, tempfile, time, zipfile
+import argparse, copy, io, json, os, pickle, random, re, resource
+import shutil, signal, sys, tempfile, time, zipfile
 from pathlib import Path
 from typing import Callable, NamedTuple
 

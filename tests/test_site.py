@@ -50,6 +50,19 @@ WIDE = """() => {  // elements that reach beyond the window and can't be scrolle
     if (document.documentElement.scrollWidth > width) found.push('the page itself');
     return found;
 }"""
+CUT_OFF = """() => {  // words of drawings that reach over their edge, by more than a pixel
+    const cut = [];
+    for (const drawing of document.querySelectorAll('main svg[role=img]')) {
+        const whole = drawing.viewBox.baseVal;
+        for (const text of drawing.querySelectorAll('text')) {
+            const box = text.getBBox();
+            const right = box.x + box.width - whole.x - whole.width, left = whole.x - box.x;
+            const below = box.y + box.height - whole.y - whole.height, above = whole.y - box.y;
+            if (Math.max(right, left, below, above) > 1) cut.push(text.textContent);
+        }
+    }
+    return cut;
+}"""
 TEXT = """() => {  // what a reader sees, without code and without what KaTeX has set
     const copy = document.querySelector('main').cloneNode(true);
     copy.querySelectorAll('pre, code, script, style, .katex').forEach(e => e.remove());
@@ -265,6 +278,7 @@ def problems_of(page, width):  # yields one line for each
     for formula in re.findall(FORMULA, page.evaluate(TEXT)): yield f"{formula} is not rendered"
     yield from page.eval_on_selector_all(".katex-error", ERRORS)
     for element in page.evaluate(WIDE): yield f"wider than {width} px: {element}"
+    for words in page.evaluate(CUT_OFF): yield f"a drawing cuts off {words!r}"
     for loaded in page.eval_on_selector_all("main img", LOADED):
         if not loaded: yield "an image is broken"
 
