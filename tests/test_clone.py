@@ -1,12 +1,14 @@
 "What a fresh clone can do without data and without training."
-import json
+import hashlib, json, re, shutil
 import pandas as pd
 import pytest
 from PIL import Image, ImageDraw
 from conftest import ROOT, run
+from stanet.cli import packs_listed
 from stanet.experiment import read_correct
 from stanet.method import network_size
 from stanet.parameters import Test as RunOnSet
+from stanet.sources import SOURCES
 from stanet.tables import test_folder as folder_of, tests_of as in_line
 from stanet.weights import from_pretrained, predict, weights_digest
 
@@ -55,6 +57,33 @@ def test_table_is_what_the_tests_measured():
         assert abs(metrics["accuracy"] - row.ours) < 0.006
         assert metrics["tasks"] == row.tasks >= 10_000
         assert metrics["parameters"] == row.params
+
+
+def test_dvc_leaves_the_packs_alone(project):
+    "What lies in data/ is the user's: DVC compares it with data.dvc, and deletes or replaces nothing."
+    packs = {f"data/{name}.safetensors": f"not {name}".encode() for name in ("omniglot", "mini", "own")}
+    (project / "data").mkdir()
+    for path, content in packs.items(): (project / path).write_bytes(content)
+    try:
+        said = run("dvc", "status", "data.dvc", cwd=project).stdout
+        assert re.findall(r"(\w+): +(\S+)", said.split("changed outs:")[1]) == [
+            ("deleted", "data/cifar100.safetensors"),
+            ("modified", "data/mini.safetensors"),
+            ("modified", "data/omniglot.safetensors"),
+        ]
+        run("dvc", "checkout", "--force", "data.dvc", cwd=project)
+        run("dvc", "gc", "--workspace", "--force", cwd=project)
+        assert {path: (project / path).read_bytes() for path in packs} == packs
+        assert run("git", "status", "--porcelain", "data.dvc", cwd=project).stdout == ""
+    finally: shutil.rmtree(project / "data")
+
+
+def test_packs_here_are_those_of_data_dvc():
+    listed = packs_listed(ROOT / "data.dvc")
+    assert set(listed) == set(SOURCES)
+    for name, md5 in listed.items():
+        path = ROOT / "data" / f"{name}.safetensors"
+        if path.is_file(): assert hashlib.md5(path.read_bytes()).hexdigest() == md5
 
 
 @pytest.mark.parametrize("key", PAPER_RUNS)
