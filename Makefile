@@ -35,6 +35,11 @@ data: env                  ## Omniglot and CIFAR-100 into data/: downloaded; or 
 
 env: .venv/.synced         ## the locked environment in .venv, a few seconds
 
+# An environment knows its folder, so it is made anew where the project was moved or copied.
+ifneq ($(shell cat .venv/.synced 2>/dev/null),$(CURDIR))
+.PHONY: .venv/.synced
+endif
+
 lock:                      ## renew requirements.lock from pyproject.toml
 	$(UV) pip compile --universal --python-version 3.11 --generate-hashes --all-extras -q --custom-compile-command "make lock" -o requirements.lock pyproject.toml
 
@@ -43,7 +48,7 @@ lock:                      ## renew requirements.lock from pyproject.toml
 	$(UV) venv -q --clear --python $(PYTHON) .venv
 	VIRTUAL_ENV=.venv $(UV) pip sync -q --compile-bytecode --require-hashes requirements.lock
 	VIRTUAL_ENV=.venv $(UV) pip install -q --no-deps --no-build-isolation -e .
-	@touch $@
+	@echo "$(CURDIR)" > $@
 
 .uv/bin/uv:
 	$(PYTHON) -m venv .uv && .uv/bin/python -m pip install -q uv

@@ -1,8 +1,8 @@
 "The `stanet` command: what a user gets wrong is answered in one line, and nothing is left behind."
-import json, sys
+import json, os, shutil, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor
 import nbformat, pytest
-from conftest import edit_params, run
+from conftest import ROOT, edit_params, run
 
 ONE, THREE, GLYPHS = "omniglot-5w1s-stanet1", "omniglot-5w1s-stanet3", "glyphs-5w1s-stanet3"
 GET_OMNIGLOT = "`stanet data download omniglot` or `stanet data import omniglot FOLDER` makes it"
@@ -73,3 +73,29 @@ def test_two_notebooks_started_together_have_a_kernel_each(project, tmp_path):
     with ThreadPoolExecutor() as pool: list(pool.map(execute, (1, 2)))
     cells = [json.loads((tmp_path / f"out{x}.ipynb").read_text())["cells"] for x in (1, 2)]
     assert [c[-1]["outputs"][0]["text"] for c in cells] == [["1\n"], ["2\n"]]
+
+
+STUB = """#!/bin/sh
+echo "$1" >> {log}
+mkdir -p .venv
+"""
+
+
+def test_an_environment_is_made_anew_where_the_project_was_moved(tmp_path):
+    "An environment knows its folder: in another one its commands don't start."
+    place, log, uv = tmp_path / "first place", tmp_path / "log", tmp_path / "bin" / "uv"
+    place.mkdir()
+    for name in ("Makefile", "requirements.lock", "pyproject.toml"): shutil.copy2(ROOT / name, place)
+    uv.parent.mkdir()
+    uv.write_text(STUB.format(log=log))
+    uv.chmod(0o755)
+    env = os.environ | {"PATH": f"{uv.parent}{os.pathsep}{os.environ['PATH']}"}
+    def steps(folder):  # what `make env` asks uv for
+        log.write_text("")
+        subprocess.run(["make", f"PYTHON={sys.executable}", "env"], cwd=folder, env=env, check=True)
+        return log.read_text().split()
+    assert steps(place) == ["venv", "pip", "pip"]
+    assert steps(place) == []
+    moved = place.rename(tmp_path / "another")
+    assert steps(moved) == ["venv", "pip", "pip"]
+    assert steps(moved) == []
