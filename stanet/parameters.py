@@ -173,7 +173,7 @@ class _Label(BaseModel):
 class RowEntry(_Label):
     "A row as it is written in params.yaml."
     task_set: str = Field(description="the name of the task set")
-    run: str | None = Field(None, description="the run; without one the row is not implemented yet")
+    run: str | None = Field(None, description="the run; without one nothing stands for the row yet")
 
 # %% ../nbs/15_parameters.ipynb #fe22fae4
 class Row(_Label):

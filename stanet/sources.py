@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OMNIGLOT', 'PICKLED', 'CIFAR100', 'MINI_IMAGENET', 'IMAGE_SUFFIXES', 'KNOWN', 'SOURCES', 'SIGNS', 'DOWNLOADS',
-           'decode', 'read_files', 'read_omniglot', 'download_omniglot', 'read_pickle', 'read_cifar100',
+           'prepare', 'decode', 'read_files', 'read_omniglot', 'download_omniglot', 'read_pickle', 'read_cifar100',
            'download_cifar100', 'read_mini', 'read_folder', 'check_known', 'check_name', 'read_source', 'find_sources',
            'missing_pack', 'download']
 
@@ -29,24 +29,33 @@ def _upright(image: Image.Image, mode: str) -> Image.Image:
         image = Image.alpha_composite(white, image.convert("RGBA"))
     return image.convert(mode)
 
+def prepare(
+    image: Image.Image,
+    size: int,  # pixels a side
+    mode: str,  # "L" for grey, "RGB" for colour
+) -> np.ndarray:  # uint8 (size, size, c)
+    """The pixels of a picture: upright, on white, resized with Lanczos resampling if it has another size.
+
+    More than 8 bits a channel raise a `ValueError`."""
+    image = _upright(image, mode)
+    if image.size != (size, size): image = image.resize((size, size), Image.Resampling.LANCZOS)
+    return np.asarray(image).reshape(size, size, -1)
+
 def decode(
     path,  # of the image file
     size: int,  # pixels a side
     mode: str,  # "L" for grey, "RGB" for colour
 ) -> np.ndarray:  # uint8 (size, size, c)
-    """One image file, resized with Lanczos resampling if it has another size.
+    """The pixels of an image file, as `prepare` makes them.
 
     A file that is no image, or has more pixels than Pillow's limit of 89 million, raises a `ValueError`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image: image = _upright(image, mode)
-        if image.size != (size, size):
-            image = image.resize((size, size), Image.Resampling.LANCZOS)
+            with Image.open(path) as image: return prepare(image, size, mode)
     except Exception as error:  # a broken image may raise anything
         why = f"not a readable image ({in_one_line(error)})"
         raise ValueError(f"{path}: {why}; replace or remove the file") from None
-    return np.asarray(image).reshape(size, size, -1)
 
 # %% ../nbs/02_sources.ipynb #65141993
 def _unreadable(bad: list) -> str:  # the message of the first bad file, and the names of the others

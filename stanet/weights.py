@@ -8,7 +8,9 @@ __all__ = ['stored', 'weights_digest', 'save_network', 'state_mismatch', 'first_
 
 # %% ../nbs/10_weights.ipynb #1b2c2fe9
 import json
+from numbers import Integral
 from pathlib import Path
+import numpy as np
 import torch
 from torch import nn
 from safetensors import SafetensorError, safe_open
@@ -16,6 +18,7 @@ from safetensors.torch import save_file
 import stanet, stanet.embedding
 from .method import Method, build, find_method
 from .packs import atomic, digest, in_one_line
+from .sources import prepare
 
 # %% ../nbs/10_weights.ipynb #89454366
 def _in_half(tensor) -> bool:  # a matrix or a kernel of floats; a vector has all its values along one axis
@@ -155,24 +158,54 @@ def as_batch(
     size: int,      # side in pixels
     channels: int,  # 1: grey, 3: colour
 ) -> torch.Tensor:  # (n, c, size, size) in [0, 1]
-    "Pictures as one batch, resized to `size` and converted to grey or colour."
-    from torchvision.transforms.v2.functional import pil_to_tensor
-    mode = {1: "L", 3: "RGB"}[channels]
-    alike = [picture.convert(mode).resize((size, size)) for picture in pictures]
-    return torch.stack([pil_to_tensor(picture) for picture in alike]).float() / 255
+    "Pictures as one batch. One that can't be used raises a `ValueError` with its place in the list."
+    mode, pixels = {1: "L", 3: "RGB"}[channels], []
+    for i, picture in enumerate(pictures):
+        try: pixels.append(prepare(picture, size, mode))
+        except (ValueError, AttributeError, OSError) as error:
+            advice = "give PIL images of 8 bits a channel, such as Image.open(path)"
+            raise ValueError(f"picture {i}: {in_one_line(error)}; {advice}") from None
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255
 
 # %% ../nbs/10_weights.ipynb #52603f74
+def _task_of(net: Method, labels, n_support: int, n_query: int) -> torch.Tensor:  # (S,)
+    "The labels of a task as a tensor. What doesn't fit raises a `ValueError`."
+    if not n_query: raise ValueError("query: there is no picture to classify")
+    given = list(labels.tolist() if hasattr(labels, "tolist") else labels)
+    if len(given) != n_support:
+        raise ValueError(f"labels: {len(given)} labels for {n_support} support pictures")
+    highest = None if net.any_way else net.way
+    for label in given:
+        if isinstance(label, Integral) and 0 <= label and (highest is None or label < highest): continue
+        fit = "whole numbers from 0" if highest is None else f"whole numbers from 0 to {highest - 1}"
+        raise ValueError(f"labels: {label!r} is no class of this network; its classes are {fit}")
+    return torch.tensor(given, device=net.mean.device)
+
 @torch.no_grad()
 def predict(
     net: Method,
-    support,  # PIL images
-    labels,   # their classes, 0..way-1
-    query,    # PIL images
-) -> torch.Tensor:  # (Q, way), probabilities
-    "Classify the pictures `query` by the pictures `support`."
-    size, channels, n = net.config["size"], net.config["channels"], len(support)
-    maps = net.embed(as_batch([*support, *query], size, channels))[None]
-    logits = net.classify(maps[:, :n], torch.as_tensor(labels)[None], maps[:, n:])
-    return logits[0].softmax(-1)
+    support,          # PIL images
+    labels,           # their classes, 0..way-1
+    query,            # PIL images
+    batch: int = 64,  # queries at a time
+) -> torch.Tensor:    # (Q, way), probabilities
+    "Classify the pictures `query` by the pictures `support`. What can't be a task raises a `ValueError`."
+    support, query = list(support), list(query)
+    labels = _task_of(net, labels, len(support), len(query))
+    size, channels, device = net.config["size"], net.config["channels"], net.mean.device
+    together = type(net).transductive and not net.inductive
+    step, mode = len(query) if together else batch, net.training
+    net.eval()
+    try:
+        maps = net.embed(as_batch(support, size, channels).to(device))[None]
+        logits = []
+        for i in range(0, len(query), step):
+            asked = net.embed(as_batch(query[i:i + step], size, channels).to(device))[None]
+            logits.append(net.classify(maps, labels[None], asked)[0])
+    finally: net.train(mode)
+    logits = torch.cat(logits)
+    absent = torch.ones(logits.shape[-1], dtype=torch.bool, device=device)
+    absent[labels] = False
+    return logits.masked_fill(absent, -torch.inf).softmax(-1)
 
 Method.predict = predict

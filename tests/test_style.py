@@ -1,5 +1,11 @@
-"Lines end before the page does, and names exist: ruff, as pyproject.toml sets it."
+"Lines end before the page does, and names exist: ruff, as pyproject.toml sets it. Cells have a sentence."
+import json
+import pytest
 from conftest import ROOT, run
+
+UNSEEN = ("#| hide", "#| default_exp")  # how cells begin that no page shows
+FOLDERS = [ROOT / "nbs" / part for part in ("", "methods", "project", "tutorials")]
+NOTEBOOKS = [path for folder in FOLDERS for path in sorted(folder.glob("*.ipynb"))]
 
 
 def test_ruff_finds_nothing():
@@ -9,3 +15,12 @@ def test_ruff_finds_nothing():
 
 def test_pre_commit_knows_its_hooks(project):
     run("pre-commit", "validate-config", cwd=project)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_cells_have_a_sentence_before_them(path):
+    cells = [(c["cell_type"], "".join(c["source"]).lstrip()) for c in json.loads(path.read_text())["cells"]]
+    shown = [(kind, text) for kind, text in cells if not text.startswith(UNSEEN)]
+    assert shown[0][0] == "markdown"
+    bare = [text for (before, _), (kind, text) in zip(shown, shown[1:]) if before == kind == "code"]
+    assert not bare, [text[:80] for text in bare]
