@@ -419,12 +419,12 @@ class Embedding(torch.nn.Module):
 def easyfsl_classifier(name: str, net, images):  # -> easyfsl's classifier, or None
     "The same system in easyfsl, on the embedding network of `net`."
     from easyfsl import methods
-    kinds = {"protonet": "PrototypicalNetworks", "matching": "MatchingNetworks", "relation": "RelationNetworks"}
+    kinds = {"protonet": "Prototypical", "matching": "Matching", "relation": "Relation"}
     if name not in kinds: return None
     body = Embedding(net, flat=name != "relation")
     width = body(load_images(images, torch.arange(2)).to(_device())).shape[1]
     options = {} if name == "protonet" else {"feature_dimension": width}
-    return getattr(methods, kinds[name])(backbone=body, **options).to(_device()).eval()
+    return getattr(methods, f"{kinds[name]}Networks")(backbone=body, **options).to(_device()).eval()
 
 @torch.no_grad()
 def easyfsl_answers(
@@ -434,9 +434,11 @@ def easyfsl_answers(
 ):
     "Scores of tasks, one after another."
     for b in range(len(tasks.support)):
-        support, query = (load_images(images, rows[b].long()).to(_device()) for rows in (tasks.support, tasks.query))
-        classifier.process_support_set(support, tasks.support_labels[b].long().to(_device()))
-        classifier(query)
+        support = load_images(images, tasks.support[b].long())
+        query = load_images(images, tasks.query[b].long())
+        labels = tasks.support_labels[b].long()
+        classifier.process_support_set(support.to(_device()), labels.to(_device()))
+        classifier(query.to(_device()))
 
 # %% ../nbs/project/bench.ipynb #65e999b3
 def bench_method(
