@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['stored', 'weights_digest', 'save_network', 'state_mismatch', 'first_of', 'build_on_meta', 'load_network',
-           'start_from', 'weights_path', 'from_pretrained', 'as_batch', 'predict']
+           'start_from', 'weights_path', 'from_pretrained', 'batch_of', 'as_batch', 'evaluating', 'class_probabilities',
+           'predict']
 
 # %% ../nbs/10_weights.ipynb #1b2c2fe9
 import json
+from contextlib import contextmanager
 from numbers import Integral
 from pathlib import Path
 import numpy as np
@@ -153,6 +155,12 @@ def from_pretrained(key) -> Method:
 Method.from_pretrained = staticmethod(from_pretrained)
 
 # %% ../nbs/10_weights.ipynb #370d35f6
+def batch_of(
+    pixels: list,   # uint8 (size, size, c) of each picture
+) -> torch.Tensor:  # (n, c, size, size) in [0, 1]
+    "Prepared pictures as one batch."
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255
+
 def as_batch(
     pictures,       # PIL images
     size: int,      # side in pixels
@@ -165,7 +173,30 @@ def as_batch(
         except (ValueError, AttributeError, OSError) as error:
             advice = "give PIL images of 8 bits a channel, such as Image.open(path)"
             raise ValueError(f"picture {i}: {in_one_line(error)}; {advice}") from None
-    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255
+    return batch_of(pixels)
+
+# %% ../nbs/10_weights.ipynb #5d0c8e1a
+@contextmanager
+def evaluating(net: nn.Module):
+    "The network in evaluation mode and without gradients; then each part is in the mode that it was in."
+    modes = [(part, part.training) for part in net.modules()]
+    net.eval()
+    try:
+        with torch.no_grad(): yield
+    finally:
+        for part, mode in modes: part.training = mode
+
+def class_probabilities(
+    net: Method,
+    support,        # (S, ...) what `embed` made of the examples
+    labels,         # (S,) their classes, 0..way-1
+    query,          # (Q, ...) what `embed` made of the queries
+) -> torch.Tensor:  # (Q, way)
+    "Probabilities of the classes; one without an example has none."
+    logits = net.classify(support[None], labels[None], query[None])[0].float()
+    absent = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device)
+    absent[labels] = False
+    return logits.masked_fill(absent, -torch.inf).softmax(-1)
 
 # %% ../nbs/10_weights.ipynb #52603f74
 def _task_of(net: Method, labels, n_support: int, n_query: int) -> torch.Tensor:  # (S,)
@@ -181,7 +212,6 @@ def _task_of(net: Method, labels, n_support: int, n_query: int) -> torch.Tensor:
         raise ValueError(f"labels: {label!r} is no class of this network; its classes are {fit}")
     return torch.tensor(given, device=net.mean.device)
 
-@torch.no_grad()
 def predict(
     net: Method,
     support,          # PIL images
@@ -192,20 +222,14 @@ def predict(
     "Classify the pictures `query` by the pictures `support`. What can't be a task raises a `ValueError`."
     support, query = list(support), list(query)
     labels = _task_of(net, labels, len(support), len(query))
-    size, channels, device = net.config["size"], net.config["channels"], net.mean.device
+    size, channels = net.config["size"], net.config["channels"]
     together = type(net).transductive and not net.inductive
-    step, mode = len(query) if together else batch, net.training
-    net.eval()
-    try:
-        maps = net.embed(as_batch(support, size, channels).to(device))[None]
-        logits = []
+    step, parts = len(query) if together else batch, []
+    with evaluating(net):
+        maps = net.embed(as_batch(support, size, channels).to(net.mean))
         for i in range(0, len(query), step):
-            asked = net.embed(as_batch(query[i:i + step], size, channels).to(device))[None]
-            logits.append(net.classify(maps, labels[None], asked)[0])
-    finally: net.train(mode)
-    logits = torch.cat(logits)
-    absent = torch.ones(logits.shape[-1], dtype=torch.bool, device=device)
-    absent[labels] = False
-    return logits.masked_fill(absent, -torch.inf).softmax(-1)
+            asked = net.embed(as_batch(query[i:i + step], size, channels).to(net.mean))
+            parts.append(class_probabilities(net, maps, labels, asked))
+    return torch.cat(parts)
 
 Method.predict = predict
