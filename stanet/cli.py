@@ -334,6 +334,13 @@ def report(
     output = root() / "results" / f"{name}.ipynb"
     with interruptible(f"stanet report {name}"): execute(source, output, {"name": name})
 
+# %% ../nbs/20_cli.ipynb #c41e0b92
+def _add_predict():
+    from stanet.answers import predict_command
+    app.command("predict")(predict_command)
+
+_add_predict()
+
 # %% ../nbs/20_cli.ipynb #0212ba9a
 _SHOWN = re.compile(r"(<!-- results: (\w+) -->)\n.*?<!-- end -->", re.DOTALL)
 

@@ -8,9 +8,10 @@ __all__ = ['start']
 # %% ../nbs/project/reliability.ipynb #32a60c0b
 def start():
     """The `stanet` command from its first moment on: Ctrl-C while torch is imported ends it without a word,
-    as nothing has been begun."""
-    import signal
+    as nothing has been begun. `stanet predict` begins without what trainings import."""
+    import signal, sys
     usual = signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from stanet.cli import main
+    if sys.argv[1:2] == ["predict"]: from stanet.answers import main
+    else: from stanet.cli import main
     signal.signal(signal.SIGINT, usual)
     main()
