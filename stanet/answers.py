@@ -6,7 +6,7 @@
 __all__ = ['app', 'plain', 'ranked', 'Table', 'Rows', 'thumbnail', 'attended', 'Page', 'asked', 'name_pictures',
            'predict_command', 'main']
 
-# %% ../nbs/22_answers.ipynb #39cfb239
+# %% ../nbs/22_answers.ipynb #69dec5ab
 import base64, csv, html, io, os, sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,7 +20,7 @@ from .maps import masked
 from .packs import atomic
 from .sources import _upright
 
-# %% ../nbs/22_answers.ipynb #40df5bd9
+# %% ../nbs/22_answers.ipynb #303b693c
 def plain(text) -> str:
     "A name as a terminal or a page can show it."
     text = os.fsencode(str(text)).decode("utf-8", "replace")
@@ -35,7 +35,7 @@ def ranked(
     order = np.argsort(-probabilities, kind="stable")[:most]
     return [(plain(classes[i]), float(probabilities[i])) for i in order]
 
-# %% ../nbs/22_answers.ipynb #03558519
+# %% ../nbs/22_answers.ipynb #5ff296ef
 class Table:
     "Prints a line for each answer."
     def __init__(self, classes, pictures: list):
@@ -55,7 +55,7 @@ class Table:
         names = ranked(self.classes, answer.probabilities)
         return "  ".join(f"{name} {100 * p:.1f} %" for name, p in names)
 
-# %% ../nbs/22_answers.ipynb #503ecb60
+# %% ../nbs/22_answers.ipynb #d137863b
 class Rows:
     "Writes a row of CSV for each answer into an open text file."
     def __init__(self, file, classes):
@@ -70,7 +70,7 @@ class Rows:
             numbers = [f"{p:.9f}" for p in answer.probabilities]
         self.rows.writerow([answer.picture, name, *numbers])
 
-# %% ../nbs/22_answers.ipynb #9f9e8e0a
+# %% ../nbs/22_answers.ipynb #92903d7d
 _STYLE = """
 :root { color-scheme: light dark;
   --paper: #fff; --card: #f5f5f3; --ink: #1d1d1b; --soft: #5c5c58; --bar: #7fb2d9; }
@@ -130,7 +130,7 @@ def attended(
     shown = masked(torch.from_numpy(np.array(large)), torch.from_numpy(attention))
     return Image.fromarray((255 * shown).round().astype(np.uint8))
 
-# %% ../nbs/22_answers.ipynb #5d5004b4
+# %% ../nbs/22_answers.ipynb #af445c37
 _HEAD = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -195,16 +195,17 @@ class Page:
         figures = []
         for m, (sites, examples) in enumerate(zip(*answer.attention), 1):
             best = self.files[examples.argmax()]
-            like = html.escape(f"{plain(best.parent.name)}/{plain(best.name)} {100 * examples.max():.0f} %")
+            name = plain(f"{best.parent.name}/{best.stem}")
+            most = html.escape(f"{100 * examples.max():.0f} % on {name}")
             image = _img(attended(answer.pixels, sites), f"where layer {m} looked")
-            figures.append(f"<figure>{image}<figcaption>layer {m}<br>most like {like}</figcaption></figure>")
+            figures.append(f"<figure>{image}<figcaption>layer {m}<br>{most}</figcaption></figure>")
         return f'<div class="row maps">{"".join(figures)}</div>'
 
     def end(self):
         "The end of the page."
         self.write("</div>\n</body>\n</html>\n")
 
-# %% ../nbs/22_answers.ipynb #68b42f6b
+# %% ../nbs/22_answers.ipynb #2d9429c8
 def asked(given: list) -> tuple[list, list]:
     "Pictures as they were given, folders as what is in them; and the files that were left out."
     pictures, left_out = [], []
@@ -226,7 +227,7 @@ def _check_targets(*targets):
     if len(targets) == len(set(targets)): return
     raise ValueError(f"{targets[0]}: named for the CSV and for the page; give each its own file")
 
-# %% ../nbs/22_answers.ipynb #33085a77
+# %% ../nbs/22_answers.ipynb #346bfa75
 def name_pictures(
     key: str,          # of the network
     examples,          # folder of class folders
@@ -278,7 +279,7 @@ def predict_command(
     print(f"stanet: {problems} of {len(found)} pictures can't be read, see above", file=sys.stderr)
     raise typer.Exit(1)
 
-# %% ../nbs/22_answers.ipynb #2fece895
+# %% ../nbs/22_answers.ipynb #5bd9242e
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command("predict")(predict_command)
 

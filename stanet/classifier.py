@@ -6,7 +6,7 @@
 __all__ = ['read_pixels', 'pictures_in', 'examples_in', 'ahead', 'Attention', 'Answer', 'Examples', 'NotFittedError', 'Estimator',
            'Classifier']
 
-# %% ../nbs/21_classifier.ipynb #6e4ef5a1
+# %% ../nbs/21_classifier.ipynb #ca0e561a
 import inspect, os, threading, warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +25,7 @@ from .packs import in_one_line
 from .sources import IMAGE_SUFFIXES, _class_folders, _plain, _visible, prepare
 from .weights import batch_of, class_probabilities, evaluating, from_pretrained
 
-# %% ../nbs/21_classifier.ipynb #c67177fa
+# %% ../nbs/21_classifier.ipynb #69d4a313
 _OPENING = threading.Lock()
 
 def _open(path):
@@ -57,7 +57,7 @@ def read_pixels(
         raise ValueError(f"not a readable picture ({in_one_line(error)})") from None
     raise ValueError(f"not a picture but {type(picture).__name__}; give a path, a PIL image or a uint8 array")
 
-# %% ../nbs/21_classifier.ipynb #4c034c44
+# %% ../nbs/21_classifier.ipynb #d16711f5
 def _files_below(folder: Path):  # yields the visible files, sorted within each folder
     for path in _visible(folder):
         if path.is_dir(): yield from _files_below(path)
@@ -77,7 +77,7 @@ def _listed(given) -> list:  # pictures; also an array or a generator as it is
     if not found: raise ValueError(f"{given}: no pictures in this folder ({', '.join(IMAGE_SUFFIXES)})")
     return found
 
-# %% ../nbs/21_classifier.ipynb #7a31588a
+# %% ../nbs/21_classifier.ipynb #ab7c1c97
 def _in_class(folder: Path) -> list:  # its pictures
     pictures, others = pictures_in(folder)
     if others: raise ValueError(f"{others[0]}: not a picture ({', '.join(IMAGE_SUFFIXES)}); move it away")
@@ -112,7 +112,7 @@ def _examples(given, names) -> tuple[list, list]:
     _check_names(names, len(given))
     return given, names
 
-# %% ../nbs/21_classifier.ipynb #effd9280
+# %% ../nbs/21_classifier.ipynb #19298e84
 def ahead(
     do,             # called with each item, in a thread
     items,          # may be a generator without an end
@@ -128,7 +128,7 @@ def ahead(
         while begun: yield begun.popleft().result()
     finally: pool.shutdown(cancel_futures=True)
 
-# %% ../nbs/21_classifier.ipynb #050cccfc
+# %% ../nbs/21_classifier.ipynb #20d9e8ee
 class Attention(NamedTuple):
     "Where each of the M layers of a network looked."
     query: np.ndarray     # (M, L) over the sites of the picture
@@ -151,7 +151,7 @@ def _usable(answer: Answer, i: int) -> Answer:  # raises where there is a proble
     name = answer.picture if isinstance(answer.picture, (str, os.PathLike)) else f"picture {i}"
     raise ValueError(f"{name}: {answer.problem}; replace it or leave it out")
 
-# %% ../nbs/21_classifier.ipynb #bbc16e81
+# %% ../nbs/21_classifier.ipynb #33cebd72
 def _check_way(net: Method, n_classes: int):
     if n_classes < 2:
         raise ValueError(f"examples of {n_classes} class: every picture would get its name; give two or more")
@@ -162,7 +162,7 @@ def _check_way(net: Method, n_classes: int):
         f"examples of {n_classes} classes: this network is trained for {net.way} and {method} takes no more; "
         f"give at most {net.way}, or take a network of a method that takes any number ({free})")
 
-# %% ../nbs/21_classifier.ipynb #34d65be0
+# %% ../nbs/21_classifier.ipynb #35c8d22c
 def _numberings(net: Method, wanted) -> int:
     if not isinstance(wanted, Integral) or wanted < 1:
         raise ValueError(f"numberings: {wanted!r} is not a whole number from 1")
@@ -170,7 +170,7 @@ def _numberings(net: Method, wanted) -> int:
     if wanted <= net.way: return int(wanted)
     raise ValueError(f"numberings: {wanted} is more than the {net.way} numbers that a class can have")
 
-# %% ../nbs/21_classifier.ipynb #a5364a6a
+# %% ../nbs/21_classifier.ipynb #e55f992f
 @contextmanager
 def _asked(net: Method, together: bool):
     before = net.inductive
@@ -179,7 +179,7 @@ def _asked(net: Method, together: bool):
         with evaluating(net): yield
     finally: net.inductive = before
 
-# %% ../nbs/21_classifier.ipynb #695cfb88
+# %% ../nbs/21_classifier.ipynb #9bff7ac1
 @dataclass
 class Examples:
     "Examples as a network sees them."
@@ -219,7 +219,7 @@ class Examples:
         examples = torch.stack([layer.a_t[0] for layer in layers], 1).cpu().numpy()
         return [Attention(*both) for both in zip(query, examples)]
 
-# %% ../nbs/21_classifier.ipynb #211bafc7
+# %% ../nbs/21_classifier.ipynb #663e3c98
 class NotFittedError(ValueError, AttributeError):
     "A classifier was asked before it had examples."
 
@@ -244,7 +244,7 @@ class Estimator:
         def short(value): return type(value).__name__ if isinstance(value, Method) else repr(value)
         return f"{type(self).__name__}({', '.join(f'{k}={short(v)}' for k, v in self.get_params().items())})"
 
-# %% ../nbs/21_classifier.ipynb #a45b5ce8
+# %% ../nbs/21_classifier.ipynb #c4bda789
 class Classifier(Estimator):
     "Names for pictures, by examples."
     def __init__(self,
