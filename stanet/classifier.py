@@ -250,7 +250,7 @@ class Classifier(Estimator):
     def __init__(self,
         net,                         # a network, or the key or the file of one
         numberings: int = 1,         # of the classes, over which probabilities are averaged; 1 to the way
-        batch: int = 64,             # pictures at a time
+        batch: int = 32,             # pictures at a time
         threads: int | None = None,  # that prepare pictures; None: one a core, at most 8
         together: bool = False,      # all in one batch, where answers depend on each other
     ):
