@@ -6,7 +6,7 @@
 __all__ = ['app', 'data_app', 'problems_with', 'notes_on', 'data_import', 'data_download', 'packs_listed', 'data_verify',
            'data_list', 'check', 'fingerprints', 'equivalent', 'glyphs', 'tasks', 'interruptible', 'train_command',
            'fit_command', 'campaign_command', 'test_command', 'report', 'with_results', 'bench_command', 'readme',
-           'main']
+           'export_command', 'main']
 
 # %% ../nbs/20_cli.ipynb #a2a4b24e
 import hashlib, os, re, sys, tempfile, time
@@ -367,6 +367,19 @@ def readme():
     path = root() / "README.md"
     text = with_results(path.read_text(), root() / "results")
     with atomic(path) as temporary: temporary.write_text(text)
+
+# %% ../nbs/20_cli.ipynb #43c903c1
+@app.command("export")
+def export_command(
+    key: Annotated[str, typer.Argument(help="a run with stored weights, or their file")],
+    file: Annotated[Path, typer.Argument(help="the ONNX file to write")],
+):
+    """Write the network of the run KEY as the ONNX file FILE.
+
+    It takes support pictures, labels and queries, and gives the probabilities of `predict`."""
+    from stanet.export import to_onnx
+    from stanet.weights import from_pretrained
+    print(to_onnx(from_pretrained(key), file))
 
 # %% ../nbs/20_cli.ipynb #6004beed
 _OF_USERS = (ValueError, OSError, ArithmeticError, SyntaxError)  # errors that a user can cause

@@ -45,6 +45,7 @@ from nbdev.quarto import IndentDumper, refresh_quarto_yml
 from PIL import Image, ImageDraw
 from typer.cli import get_docs_for_click
 from .cli import app
+from .demo import make_demo
 from .episodes import Tasks
 from .experiment import with_palette
 from .fingerprints import read_equivalent
@@ -726,7 +727,7 @@ def sidebar() -> list:
     folders = sorted({n.split("/")[0] for n in names if "/" in n} - GROUPS.keys())
     runs = {"section": "Runs", "contents": "runs/*.ipynb"}
     return [
-        *(n for n in ("index.ipynb", "notation.ipynb", "terms.ipynb") if n in names),
+        *(n for n in ("index.ipynb", "try.ipynb", "notation.ipynb", "terms.ipynb") if n in names),
         {"section": "The library", "contents": [n for n in names if n[0].isdigit()]},
         group("methods"),
         *map(group, folders),
@@ -1047,6 +1048,7 @@ def main():
     site.out = root() / "_docs"
     count = site.build()
     make_offline(site.out)
+    if missing := make_demo(site.out / "try"): print(f"make docs: the page to try says that {missing}")
     if found := [w for w in site.warnings if "output-file is not read" not in w]: sys.exit("\n".join(found))
     print(f"_docs/: {count} pages; python -m http.server -d _docs shows them")
 
