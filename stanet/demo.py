@@ -55,7 +55,7 @@ def _fetch(npm: str, folder: str) -> Path:  # the archive
     raise ValueError(f"npm could not fetch {PACKAGE} {VERSION} ({in_one_line(' '.join(said))[:200]})")
 
 def runtime() -> Path:
-    "The folder with the runtime's files, fetched if they aren't there yet; a `ValueError` says why they can't be."
+    "The folder with the runtime's files, fetched if they aren't there; a `ValueError` if they can't be."
     folder = root() / "scratch" / "npm" / f"{PACKAGE}-{VERSION}"
     if all((folder / file).is_file() for file in FILES.values()): return folder
     npm = shutil.which("npm")

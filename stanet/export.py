@@ -105,7 +105,7 @@ def only_shot(net: Method) -> str:
     if mode.learns:
         why = "it learns inside classify, from each task's examples, which no ONNX file does"
         raise ValueError(f"{type(net).__name__} can't be exported: {why}; use `predict`")
-    try: _try(net, 10 * net.shot)
+    try: _try(net, net.shot + 1)
     except ValueError as error: return in_one_line(error)
     return ""
 
@@ -114,7 +114,8 @@ def need(*packages):
     "A `ValueError` that says what to install, if one of the packages isn't there."
     missing = [name for name in packages if find_spec(name) is None]
     if not missing: return
-    raise ValueError(f"{', '.join(missing)} not installed; pip install 'stanet[onnx]' brings what an export needs")
+    advice = "pip install 'stanet[onnx]' brings what an export needs"
+    raise ValueError(f"{', '.join(missing)} not installed; {advice}")
 
 @contextmanager
 def _quiet():
@@ -195,11 +196,12 @@ class Exported(NamedTuple):
     shapes: dict       # name of each input and output -> its shape, with "S" and "Q" where it is free
     difference: float  # from `predict`, the largest of a probability
     only: str          # why the number of support images isn't free, or ""
+    shot: int          # examples a class in training
 
     def __str__(self):
         parts = [f"{name} ({', '.join(map(str, shape))})" for name, shape in self.shapes.items()]
         lines = [f"{self.path}: {', '.join(parts)}", f"at most {self.difference:.1e} from `predict`"]
-        if self.only: lines.append(f"made for {self.shapes['labels'][0]} support pictures alone: {self.only}")
+        if self.only: lines.append(f"made for {self.shot} shot, {self.shapes['labels'][0]} pictures: {self.only}")
         return "\n  ".join(lines)
 
 def _refused(net, error) -> ValueError:
@@ -225,4 +227,4 @@ def to_onnx(net: Method, path) -> Exported:
         if not found < TOLERANCE:
             raise ValueError(f"{path}: not kept, as it answers by {found:.1e} otherwise than predict")
     ends = [*opened.get_inputs(), *opened.get_outputs()]
-    return Exported(path, {end.name: tuple(end.shape) for end in ends}, found, only)
+    return Exported(path, {end.name: tuple(end.shape) for end in ends}, found, only, net.shot)

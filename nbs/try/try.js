@@ -15,11 +15,18 @@ function make(tag, options = {}, ...children) {  // an element
   return element;
 }
 
-const percent = p => `${(100 * p).toFixed(p > 0.995 || p < 0.1 ? 1 : 0)} %`;
+function percent(p) {
+  if (p < 0.0005) return "< 0.1 %";
+  if (p >= 0.9995) return "> 99.9 %";
+  return `${(100 * p).toFixed(p > 0.995 || p < 0.1 ? 1 : 0)} %`;
+}
 
 // --- attention -------------------------------------------------------------------------------------------
 
-function shade(canvas, map, side) {  // dims a picture where its map is small, as the figures of the paper do
+const BLUE = [0, 114, 178];
+
+function shade(canvas, map, side, onPaper) {
+  // dims a photograph where its map is small, as the figures of the paper do; paper is tinted where it is large
   const n = canvas.width, ink = canvas.getContext("2d");
   ink.clearRect(0, 0, canvas.width, canvas.height);
   if (!map) return;
@@ -35,7 +42,8 @@ function shade(canvas, map, side) {  // dims a picture where its map is small, a
       const above = map[top * side + left] * (1 - across) + map[top * side + right] * across;
       const below = map[bottom * side + left] * (1 - across) + map[bottom * side + right] * across;
       const weight = (above * (1 - down) + below * down) / most;
-      picture.data[4 * (y * n + x) + 3] = 255 * 0.88 * (1 - weight);
+      const tint = onPaper ? [...BLUE, 160 * weight] : [0, 0, 0, 224 * (1 - weight)];
+      picture.data.set(tint, 4 * (y * n + x));
     }
   }
   ink.putImageData(picture, 0, 0);
@@ -106,7 +114,8 @@ class Drawing {  // a sheet to draw on, with mouse, finger, pen or keys
   key(event) {
     if (event.altKey) return;
     const steps = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
-    const step = steps[event.key], far = event.shiftKey ? 3 : 12, inside = v => Math.min(Math.max(v, 4), PAPER - 4);
+    const step = steps[event.key], far = event.shiftKey ? 3 : 12;
+    const inside = v => Math.min(Math.max(v, 4), PAPER - 4);
     if (step) {
       this.pen.x = inside(this.pen.x + far * step[0]);
       this.pen.y = inside(this.pen.y + far * step[1]);
@@ -168,7 +177,8 @@ class Photo {  // the pixels of a file, as the network sees them
   constructor(name, pixels, size, remove) {
     this.name = name;
     this.kept = pixels;
-    this.paper = make("canvas", { width: size, height: size, class: "paper", role: "img", "aria-label": name });
+    const about = { class: "paper", role: "img", "aria-label": name };
+    this.paper = make("canvas", { width: size, height: size, ...about });
     const ink = this.paper.getContext("2d"), picture = ink.createImageData(size, size), n = size * size;
     for (let i = 0; i < n; i++) {
       const colour = [0, 1, 2].map(c => pixels[(pixels.length === n ? 0 : c * n) + i]);
@@ -176,7 +186,8 @@ class Photo {  // the pixels of a file, as the network sees them
     }
     ink.putImageData(picture, 0, 0);
     this.shadow = make("canvas", { width: size, height: size, class: "shadow", "aria-hidden": "true" });
-    const button = make("button", { type: "button", class: "remove", "aria-label": `remove ${name}`, text: "×" });
+    const label = `remove ${name}`;
+    const button = make("button", { type: "button", class: "remove", "aria-label": label, text: "×" });
     button.addEventListener("click", () => remove(this));
     this.element = make("div", { class: "sheet" }, this.paper, this.shadow, button);
   }
@@ -189,7 +200,8 @@ async function readPhoto(file, { size, channels }, remove) {
   try { picture = await createImageBitmap(file, { colorSpaceConversion: "none", premultiplyAlpha: "none" }); }
   catch { throw new Error(`${file.name}: the browser can't read it as a picture`); }
   const { width, height } = picture;
-  if (width * height > LARGEST) throw new Error(`${file.name}: ${width}x${height} pixels are more than 24 million`);
+  const tooLarge = `${file.name}: ${width}x${height} pixels are more than 24 million`;
+  if (width * height > LARGEST) throw new Error(tooLarge);
   const ink = make("canvas", { width, height }).getContext("2d", { willReadFrequently: true });
   ink.drawImage(picture, 0, 0);
   const pixels = prepare(ink.getImageData(0, 0, width, height), size, channels);
@@ -216,9 +228,8 @@ class Card {
 
   head(title, index) {
     if (this.isQuery) return make("p", { class: "name", text: title });
-    this.input = make("input", {
-      class: "name", value: title, maxlength: 24, "aria-label": `name of class ${index + 1}`, spellcheck: "false",
-    });
+    const about = { "aria-label": `name of class ${index + 1}`, spellcheck: "false", maxlength: 24 };
+    this.input = make("input", { class: "name", value: title, ...about });
     this.input.addEventListener("input", () => this.board.show());
     return this.input;
   }
@@ -292,7 +303,7 @@ class Board {
     this.layer = make("select", {});
     this.rounds = 0;
     const grid = make("div", { class: "cards" }, ...[...this.cards, this.query].map(card => card.element));
-    element.replaceChildren(this.tools(), grid, this.status);
+    element.replaceChildren(this.tools(), grid, this.status, this.about());
     this.say();
   }
 
@@ -311,6 +322,15 @@ class Board {
     }
     line.append(clear, make("label", { text: "Attention: " }, this.layer));
     return line;
+  }
+
+  about() {  // which network this is
+    if (!this.network) return "";
+    const { key, accuracy } = this.network;
+    const link = make("a", { href: `runs/${key}.html`, text: key });
+    const often = ` is right about ${accuracy.toFixed(1)} % of the queries of its test, `;
+    const how = "with five new classes and one example each.";
+    return make("p", { class: "about" }, "The network ", link, often + how);
   }
 
   clear() {
@@ -382,10 +402,12 @@ class Board {
     this.query.result.textContent = answer ? this.cards[answer.probabilities.indexOf(best)].name : "";
     this.attend();
     if (!answer) return;
-    const named = this.cards.map((card, i) => [answer.probabilities[i], card]).filter(([, card]) => card.there.length);
+    const all = this.cards.map((card, i) => [answer.probabilities[i], card]);
+    const named = all.filter(([, card]) => card.there.length);
     named.sort(([a], [b]) => b - a);
-    const words = named.map(([p, card]) => `${card.name} ${percent(p)}`);
-    this.status.textContent = `It is most like ${words.join(", ")}.`;
+    const [first, ...others] = named.map(([p, card]) => [card.name, percent(p)]);
+    const rest = others.map(words => words.join(" ")).join(", ");
+    this.status.textContent = `It is most like ${first[0]} (${first[1]}), then ${rest}.`;
     this.status.classList.remove("problem");
   }
 
@@ -400,10 +422,10 @@ class Board {
     if (!answer?.found.on_query || m < 0) return;
     const { on_query, on_support, on_task } = answer.found, side = on_query.dims.at(-1), L = side * side;
     const S = answer.pictures.length;
-    shade(answer.query.shadow, on_query.data.slice(m * L, (m + 1) * L), side);
+    shade(answer.query.shadow, on_query.data.slice(m * L, (m + 1) * L), side, this.draws);
     answer.pictures.forEach((picture, s) => {
       const at = (m * S + s) * L;
-      shade(picture.shadow, on_support.data.slice(at, at + L), side);
+      shade(picture.shadow, on_support.data.slice(at, at + L), side, this.draws);
       picture.element.dataset.weight = on_task.data[m * S + s].toFixed(2);
     });
   }
