@@ -201,7 +201,8 @@ class Exported(NamedTuple):
     def __str__(self):
         parts = [f"{name} ({', '.join(map(str, shape))})" for name, shape in self.shapes.items()]
         lines = [f"{self.path}: {', '.join(parts)}", f"at most {self.difference:.1e} from `predict`"]
-        if self.only: lines.append(f"made for {self.shot} shot, {self.shapes['labels'][0]} pictures: {self.only}")
+        made_for = f"made for {self.shot} shot, {self.shapes['labels'][0]} pictures"
+        if self.only: lines.append(f"{made_for}: {self.only}")
         return "\n  ".join(lines)
 
 def _refused(net, error) -> ValueError:
