@@ -46,7 +46,8 @@ def unpack(
 
 # %% ../nbs/project/demo.ipynb #710c5870
 def _fetch(npm: str, folder: str) -> Path:  # the archive
-    command = [npm, "pack", f"{PACKAGE}@{VERSION}", "--silent", "--pack-destination", folder]
+    patience = ("--fetch-retries=1", "--fetch-retry-mintimeout=1000", "--fetch-retry-maxtimeout=5000")
+    command = [npm, "pack", f"{PACKAGE}@{VERSION}", "--silent", "--pack-destination", folder, *patience]
     try: done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder)
     except subprocess.TimeoutExpired: raise ValueError("npm gave no answer in five minutes") from None
     found = list(Path(folder).glob("*.tgz"))
@@ -94,8 +95,8 @@ CODE = ("export.py", "method.py", "weights.py", "embedding.py", "attention.py", 
 
 def exported(key: str) -> Path:
     "The network of a run as an ONNX file, made if it isn't kept."
-    package = Path(__file__).parent if "__file__" in globals() else root() / "stanet"
-    parts = [weights_path(key).read_bytes(), *((package / name).read_bytes() for name in CODE)]
+    code = [(root() / "stanet" / name).read_bytes() for name in CODE]
+    parts = [weights_path(key).read_bytes(), *code]
     parts += [version(name).encode() for name in ("torch", "onnx", "onnxscript")]
     found = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
     path = root() / "scratch" / "onnx" / f"{key}-{found[:20]}.onnx"

@@ -59,8 +59,13 @@ def one_hot(labels, num_classes=-1):  # (...,) -> (..., num_classes), int64
         torch._check(num_classes >= 1)
     return (labels[..., None] == torch.arange(num_classes, device=labels.device)).long()
 
-def pairs_of(row, col, offset=0, **options):  # n, n, 1 -> (2, n (n - 1) / 2), int64
-    "`torch.triu_indices` above the diagonal of a square, in a shape that follows from `row`."
+def pairs_of(
+    row,         # n, things to pair
+    col,         # n too
+    offset=0,    # 1: above the diagonal; another raises a `ValueError`
+    **options,   # such as a device
+):               # (2, n (n - 1) / 2), int64
+    "`torch.triu_indices` above the diagonal of a square, in a shape that follows from n."
     if offset != 1: raise ValueError(f"triu_indices: an offset of {offset} is not known to the export")
     lengths = torch.arange(row - 1, -1, -1)
     ends = lengths.cumsum(0)
@@ -179,8 +184,12 @@ def _as_pictures(images) -> list:  # (n, C, h, w) in [0, 1] -> PIL images
     pixels = images.mul(255).round().byte().permute(0, 2, 3, 1).numpy()
     return [Image.fromarray(p[..., 0] if p.shape[-1] == 1 else p) for p in pixels]
 
-def difference(net: Method, opened, shots) -> float:
-    "The largest difference between a file's probabilities and those of `predict`, over tasks of these shots."
+def difference(
+    net: Method,
+    opened,      # its file, from `session`
+    shots,       # of the tasks that are tried
+) -> float:
+    "The largest difference between a file's probabilities and those of `predict`."
     found = 0.0
     for shot in shots:
         support, labels, query = _example(net, shot, queries=2 * shot)
@@ -192,7 +201,7 @@ def difference(net: Method, opened, shots) -> float:
 # %% ../nbs/22_export.ipynb #05ed3f16
 class Exported(NamedTuple):
     "What was written."
-    path: Path
+    path: Path         # of the file
     shapes: dict       # name of each input and output -> its shape, with "S" and "Q" where it is free
     difference: float  # from `predict`, the largest of a probability
     only: str          # why the number of support images isn't free, or ""
