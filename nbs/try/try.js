@@ -214,7 +214,7 @@ class Card {
   constructor(board, index) {  // without an index: the query
     this.board = board;
     this.isQuery = index === undefined;
-    const title = this.isQuery ? "Which is this?" : String.fromCharCode(65 + index);
+    const title = this.isQuery ? "And this?" : String.fromCharCode(65 + index);
     this.pictures = [];
     this.stack = make("div", { class: "stack" });
     this.element = make("div", { class: this.isQuery ? "card-of query" : "card-of" });
