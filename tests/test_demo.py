@@ -203,11 +203,11 @@ def test_pictures_from_files_are_named(open_page, tmp_path):
 
 
 def test_pixels_are_those_of_import(open_page):
-    "Preparation in the page and in Python, bit for bit, from the same pixels."
+    "Preparation in the page and in Python, bit for bit, from the same pixels, wide or square."
     from stanet.sources import prepare
     page = open_page()
     random = np.random.default_rng(0)
-    for (height, width), channels in (((40, 61), 1), ((200, 90), 3), ((84, 30), 3), ((28, 28), 1)):
+    for (height, width), channels in (((40, 61), 1), ((90, 200), 3), ((30, 84), 3), ((28, 28), 1)):
         rgba = random.integers(0, 256, (height, width, 4), dtype=np.uint8)
         size = {1: 28, 3: 84}[channels]
         found = page.evaluate("""async ([data, width, size, channels]) => {

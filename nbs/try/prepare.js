@@ -1,6 +1,6 @@
 // A picture as the network takes it: laid on white, in grey or in three colours, scaled with Lanczos
-// resampling. The arithmetic is that of Pillow, to the bit, so that the same pixels give the same answer as
-// `predict` (the tests compare them).
+// resampling. The arithmetic is that of Pillow, to the bit where a picture is at least as wide as it is high:
+// rows first, then columns. For some upright pictures Pillow takes columns first, which rounds otherwise.
 
 const BITS = 22;  // of a weight's fraction, as in Pillow
 
