@@ -968,8 +968,21 @@ def _line_of_starts(key: str, drafts: dict) -> list:  # from run to run, to the 
 
 
 # %% ../nbs/15_parameters.ipynb #3461e6ee
+def _branch_size(run: Run) -> int | None:  # classes of its semantic branch; None if it can't be known
+    if not run.semantic_weight: return 0
+    if run.semantic == "class":
+        classes, _ = extents(run.pack, run.split).get("train", (0, 0))
+        return (4 * classes if run.rotated_classes else classes) or None
+    if not pack_path(run.pack).is_file(): return None
+    outline, training = _outline(*_file(run.pack)), set(_split(*_file(run.pack), run.split).train)
+    return len({parent for name, parent in zip(outline.classes, outline.parents) if name in training})
+
 def _weights_fit(draft: Draft, other: Draft) -> str:  # why those of `other` don't; empty if they do
     if not draft.fits or not other.fits: return ""
+    mine, theirs = _branch_size(draft.run), _branch_size(other.run)
+    if mine and theirs and mine != theirs:
+        found = f"the semantic branch has {mine} classes here and {theirs} in {other.run.key}"
+        return f"{found}; `semantic_weight: 0.0` begins from all other weights and trains without the branch"
     nets = []
     for run in (draft.run, other.run):
         described, _ = _described(run)

@@ -629,7 +629,11 @@ def _check_options(
     grey: bool,
     min_images: int | None,
 ):
-    wrong = {"--grey": grey, "--size": name == "cifar100" and other_size, "--min-images": min_images is not None}
+    wrong = {
+        "--grey": grey,
+        "--size": name == "cifar100" and other_size,
+        "--min-images": min_images is not None,
+    }
     option = next((option for option, is_wrong in wrong.items() if is_wrong), None)
     if option is None: return
     raise ValueError(f"{name}: its images are kept as they are; {option} is for your own images")

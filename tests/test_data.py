@@ -725,3 +725,53 @@ def test_classes_too_small_for_the_tasks_are_named(place):
     smallest = re.search(r"has 4 \('(.*?)'\)", answer)[1]
     assert smallest in load_pack(place / "data/my-own.safetensors").classes
     assert "`stanet data import my-own FOLDER --min-images 10` leaves such classes out" in answer
+
+
+BEGUN = """
+  others-2w1s:
+    recipe: short
+    pack: others
+    split: folder
+    way: 2
+    width: 8
+    pools: 2
+    layers: 1
+    d_k: 8
+    d_v: 8
+    steps: 1
+    lr: 1.0e-12
+    weight_decay: 0.0
+    start: my-own-2w1s
+    semantic_weight: 0.0
+"""
+
+
+def trained(key):
+    "What `stanet train` does for a run, without the notebook."
+    chosen = cli.find_run(key)
+    pack = load_pack(cli.pack_path(chosen.pack))
+    net, history, about = experiment.fit(chosen, pack)
+    experiment.record(chosen, net, history, about, pack)
+    return net
+
+
+def test_training_goes_on_from_weights_of_other_images(place):
+    (place / "params.yaml").write_text(OWN)
+    assert stanet("data", "import", "my-own", small_tree(place / "raw", images=8), "--size", 24) == ""
+    source = small_tree(place / "more", parents=("birds",), classes=11, images=8)
+    assert stanet("data", "import", "others", source, "--size", 32) == ""
+    first = trained("my-own-2w1s")
+
+    (place / "params.yaml").write_text(OWN + BEGUN.replace("    semantic_weight: 0.0\n", ""))
+    answer = stanet("fit", "others-2w1s")
+    assert "start: the weights of my-own-2w1s don't fit: semantic.W_sem.weight is (10, 8)" in answer
+    answer = stanet("check")
+    assert "runs.others-2w1s.start: the semantic branch has 9 classes here and 10 in my-own-2w1s" in answer
+    assert "`semantic_weight: 0.0` begins from all other weights" in answer
+
+    (place / "params.yaml").write_text(OWN + BEGUN)
+    second = trained("others-2w1s")
+    assert second.semantic is None
+    weights = first.state_dict()
+    for name, tensor in second.named_parameters():
+        assert (tensor - weights[name]).abs().max() < 1e-3, name  # kept in half precision between them
