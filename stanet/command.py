@@ -8,10 +8,15 @@ __all__ = ['start']
 # %% ../nbs/project/reliability.ipynb #32a60c0b
 def start():
     """The `stanet` command from its first moment on: Ctrl-C while torch is imported ends it without a word,
-    as nothing has been begun. `stanet predict` begins without what trainings import."""
+    as nothing has been begun. `stanet predict` begins without what trainings import, and without the packages
+    of the pipeline one line says how to get them."""
     import signal, sys
     usual = signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if sys.argv[1:2] == ["predict"]: from stanet.answers import main
-    else: from stanet.cli import main
+    try:
+        if sys.argv[1:2] == ["predict"]: from stanet.answers import main
+        else: from stanet.cli import main
+    except ModuleNotFoundError as error:
+        if error.name.startswith("stanet"): raise
+        sys.exit(f"stanet: this command needs {error.name}; `pip install 'stanet[pipeline]'` gets it")
     signal.signal(signal.SIGINT, usual)
     main()

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['Pack', 'show_images', 'select', 'class_parents', 'semantic_targets', 'digest', 'pack_digest', 'twins', 'without',
-           'sweep', 'writing', 'atomic', 'save_pack', 'in_one_line', 'load_pack']
+           'repeats', 'lookalikes', 'sweep', 'writing', 'atomic', 'save_pack', 'in_one_line', 'load_pack']
 
 # %% ../nbs/01_packs.ipynb #2b979bda
 import errno, fcntl, hashlib, json, os, shutil, tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -170,6 +171,45 @@ def without(pack: Pack, index: torch.Tensor) -> Pack:
     keep = torch.ones(len(pack), dtype=torch.bool).index_fill(0, index, False)
     boxes = None if pack.boxes is None else pack.boxes[keep]
     return Pack(pack.images[keep], pack.labels[keep], pack.classes, pack.parents, boxes, pack.name)
+
+# %% ../nbs/01_packs.ipynb #ea8178f5
+def repeats(pack: Pack) -> torch.Tensor:  # int64 (n, 2): an image, and a later one
+    "Pairs of images that are equal in every byte."
+    seen, found = {}, []  # seen: hash -> class -> its first image
+    for i, h in _image_hashes(pack, None):
+        first, label = seen.setdefault(h, {}), int(pack.labels[i])
+        others = [j for c, j in first.items() if c != label]
+        if label in first: found.append((first[label], i))
+        if others: found.append((others[0], i))
+        first.setdefault(label, i)
+    return torch.tensor(found, dtype=torch.int64).reshape(-1, 2)
+
+# %% ../nbs/01_packs.ipynb #934e44cd
+def _perceptual_hashes(images):  # uint8 (n, h, w, c) -> uint64 (n,)
+    import imagehash
+    from PIL import Image
+    hashes = []
+    for image in images.numpy():
+        picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+        hashes.append(np.packbits(imagehash.phash(picture).hash))
+    return np.array(hashes, dtype=np.uint8).reshape(-1, 8).view(np.uint64)[:, 0]
+
+def lookalikes(
+    pack: Pack,
+    bits: int = 6,  # of 64 in which two perceptual hashes may differ
+) -> torch.Tensor:  # int64 (n, 2): an image, and a later one
+    "Pairs of images that look alike and aren't equal: for each one the nearest of its class and of another."
+    again = set(repeats(pack)[:, 1].tolist())
+    kept = np.array([i for i in range(len(pack)) if i not in again], dtype=np.int64)
+    hashes, labels = _perceptual_hashes(pack.images[kept]), pack.labels.numpy()[kept]
+    found = []
+    for i in range(len(kept)):
+        apart = np.bitwise_count(hashes[:i] ^ hashes[i])
+        near = np.flatnonzero(apart <= bits)
+        own = labels[near] == labels[i]
+        for group in (near[own], near[~own]):
+            if len(group): found.append((kept[group[apart[group].argmin()]], kept[i]))
+    return torch.tensor(found, dtype=torch.int64).reshape(-1, 2)
 
 # %% ../nbs/01_packs.ipynb #d3151725
 def _lock(folder, wait: bool) -> int | None:  # an open handle, which holds the lock until it is closed

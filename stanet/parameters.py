@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SECTIONS', 'NAME', 'EXTENTS', 'IMAGES', 'Run', 'run_model', 'run_fields', 'read_card', 'network_fields', 'TaskSet',
            'Test', 'RowEntry', 'Row', 'Report', 'Params', 'read_yaml', 'expand', 'root', 'pack_path', 'pack_outline',
-           'extents', 'image_shape', 'known_splits', 'known_packs', 'Draft', 'test_problems', 'ReportEntry',
-           'problems_of', 'load_params', 'find_run', 'find_test']
+           'extents', 'smallest_class', 'image_shape', 'known_splits', 'known_packs', 'Draft', 'test_problems',
+           'ReportEntry', 'problems_of', 'load_params', 'find_run', 'find_test']
 
 # %% ../nbs/15_parameters.ipynb #ff6d7d00
 import difflib, functools, importlib, itertools, json, re
@@ -549,6 +549,14 @@ def extents(pack: str, split: str) -> dict:  # part -> classes, images of the sm
     if pack_path(pack).is_file(): return dict(_extents(*_file(pack), split))
     return dict(EXTENTS.get(pack, {}).get(split, {}))
 
+def smallest_class(pack: str, split: str, part: str) -> str:
+    "The class with the fewest images in a part of a split; empty if it can't be known without the pack."
+    if not pack_path(pack).is_file(): return ""
+    outline, names = _outline(*_file(pack)), getattr(_split(*_file(pack), split), part)
+    counts = outline.labels.bincount(minlength=len(outline.classes)).tolist()
+    images = dict(zip(outline.classes, counts))
+    return min(names, key=images.get)
+
 def image_shape(pack: str) -> tuple | None:  # height, width, channels
     "The shape of a pack's images, or None if it can't be known."
     if not pack_path(pack).is_file(): return IMAGES.get(pack)
@@ -557,12 +565,20 @@ def image_shape(pack: str) -> tuple | None:  # height, width, channels
     return tuple(outline.images.shape[1:])
 
 # %% ../nbs/15_parameters.ipynb #6dbc4362
+def _too_small(pack: str, split: str, part: str, images: int) -> str:  # which class it is, and what to do
+    name = smallest_class(pack, split, part) if pack else ""
+    if not name: return ""
+    if pack in EXTENTS: return f" ({name!r})"
+    return f" ({name!r}); `stanet data import {pack} FOLDER --min-images {images}` leaves such classes out"
+
 def _tasks_fit(
     place: str,    # where the tasks are described
     part: str,     # of the split: train, val or test
     sizes: dict,   # its extents
     way: int,      # classes a task
     images: int,   # support images and queries a class
+    pack: str = "",   # the data, which may be here
+    split: str = "",  # whose part it is
 ):  # yields a line for each problem
     if part not in sizes: return
     classes, fewest = sizes[part]
@@ -570,7 +586,8 @@ def _tasks_fit(
         yield f"{place}.way: {way}, but there are {classes} {part} classes"
     if images > fewest:
         needed = f"shot and queries make {images} images a class"
-        yield f"{place}.shot: {needed}, but the smallest {part} class has {fewest}"
+        remedy = _too_small(pack, split, part, images)
+        yield f"{place}.shot: {needed}, but the smallest {part} class has {fewest}{remedy}"
 
 # %% ../nbs/15_parameters.ipynb #d1ca60b2
 def known_splits() -> list:
@@ -724,7 +741,7 @@ def _recipe_fits(
     place = f"runs.{run.key}"
     classes, _ = sizes["train"]
     images = run.shot + recipe.query
-    yield from _tasks_fit(place, "train", sizes, run.way, images)
+    yield from _tasks_fit(place, "train", sizes, run.way, images, run.pack, run.split)
     together = recipe.tasks * run.way
     if recipe.regroupings > 1 and together > classes:
         need = f"{recipe.tasks} tasks of {run.way} different classes need {together}"
@@ -751,7 +768,7 @@ def _data_fit(draft: Draft):  # yields a line for each problem of a run with its
             if recipe.sampler == "tasks":
                 yield from _recipe_fits(run, recipe, sizes)
     if run.validate_tasks:
-        yield from _tasks_fit(place, "val", sizes, run.way, run.shot + 15)
+        yield from _tasks_fit(place, "val", sizes, run.way, run.shot + 15, run.pack, run.split)
 
 # %% ../nbs/15_parameters.ipynb #16a9c5e4
 def _sizes_fit(
@@ -797,7 +814,7 @@ def _set_fits(name: str, t: TaskSet):  # yields a line for each problem of a tas
     except ValueError as error:
         yield f"{place}.pack: {in_one_line(error)}"
         return
-    yield from _tasks_fit(place, "test", sizes, t.way, t.shot + t.query)
+    yield from _tasks_fit(place, "test", sizes, t.way, t.shot + t.query, t.pack, t.split)
 
 # %% ../nbs/15_parameters.ipynb #95803016
 _NOT_WRITTEN = {  # fields of a run that are not written in its entry, and why
@@ -951,8 +968,21 @@ def _line_of_starts(key: str, drafts: dict) -> list:  # from run to run, to the 
 
 
 # %% ../nbs/15_parameters.ipynb #3461e6ee
+def _branch_size(run: Run) -> int | None:  # classes of its semantic branch; None if it can't be known
+    if not run.semantic_weight: return 0
+    if run.semantic == "class":
+        classes, _ = extents(run.pack, run.split).get("train", (0, 0))
+        return (4 * classes if run.rotated_classes else classes) or None
+    if not pack_path(run.pack).is_file(): return None
+    outline, training = _outline(*_file(run.pack)), set(_split(*_file(run.pack), run.split).train)
+    return len({parent for name, parent in zip(outline.classes, outline.parents) if name in training})
+
 def _weights_fit(draft: Draft, other: Draft) -> str:  # why those of `other` don't; empty if they do
     if not draft.fits or not other.fits: return ""
+    mine, theirs = _branch_size(draft.run), _branch_size(other.run)
+    if mine and theirs and mine != theirs:
+        found = f"the semantic branch has {mine} classes here and {theirs} in {other.run.key}"
+        return f"{found}; `semantic_weight: 0.0` begins from all other weights and trains without the branch"
     nets = []
     for run in (draft.run, other.run):
         described, _ = _described(run)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['OMNIGLOT', 'PICKLED', 'CIFAR100', 'MINI_IMAGENET', 'IMAGE_SUFFIXES', 'KNOWN', 'SOURCES', 'SIGNS', 'DOWNLOADS',
            'prepare', 'decode', 'read_files', 'read_omniglot', 'download_omniglot', 'read_pickle', 'read_cifar100',
-           'download_cifar100', 'read_mini', 'read_folder', 'check_known', 'check_name', 'read_source', 'find_sources',
-           'missing_pack', 'download']
+           'download_cifar100', 'read_mini', 'passed_over', 'list_folder', 'read_folder', 'check_known', 'check_name',
+           'read_source', 'find_sources', 'missing_pack', 'download']
 
 # %% ../nbs/02_sources.ipynb #ecaf6f4d
 import csv, pickle, re, unicodedata, warnings
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 from tqdm import tqdm
 from .packs import Pack, in_one_line, pack_digest
 
@@ -460,14 +460,24 @@ def read_mini(
     return pack
 
 # %% ../nbs/02_sources.ipynb #090f4df0
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-_CLUTTER = ("Thumbs.db", "desktop.ini")
+IMAGE_SUFFIXES = (
+    ".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm",
+)
+_CLUTTER = (  # what systems leave, in small letters; hidden files aside
+    "thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "icon\r", "$recycle.bin",
+    "system volume information", "lost+found", "@eadir", "#recycle",
+)
 
-def _visible(folder: Path) -> list:  # paths in the folder, sorted
-    try: paths = sorted(folder.iterdir())
+def _is_clutter(path: Path) -> bool:
+    return path.name.startswith(".") or path.name.lower() in _CLUTTER
+
+def _listing(folder: Path) -> list:  # all paths in the folder, sorted
+    try: return sorted(folder.iterdir())
     except OSError as error:
         raise ValueError(f"{folder}: {error.strerror}; name a folder that you may read") from None
-    return [p for p in paths if not p.name.startswith(".") and p.name not in _CLUTTER]
+
+def _visible(folder: Path) -> list:  # paths in the folder that are no clutter, sorted
+    return [p for p in _listing(folder) if not _is_clutter(p)]
 
 def _inner_folders(folder: Path) -> list:  # the folders in it; empty if it holds images
     paths = _visible(folder)
@@ -492,6 +502,16 @@ def _class_folders(root: Path) -> dict:  # class name -> its folder, with one le
         raise ValueError(f"{root}: {found}; use CLASS/ or PARENT/CLASS/ throughout")
     return flat or nested
 
+# %% ../nbs/02_sources.ipynb #801fc60f
+def passed_over(folder) -> list:  # paths
+    "What systems left in a tree of class folders: hidden files, and others known by name."
+    root = Path(folder)
+    places = [root, *_class_folders(root).values()]
+    places += {place.parent for place in places[1:]} - {root}
+    found = []
+    for place in places: found += [p for p in _listing(place) if _is_clutter(p)]
+    return sorted(found)
+
 # %% ../nbs/02_sources.ipynb #7bbdf468
 def _plain(text: str, path) -> str:
     try: text.encode()
@@ -501,30 +521,58 @@ def _plain(text: str, path) -> str:
         raise ValueError(f"{str(path)!r}: control characters in its name; rename it")
     return unicodedata.normalize("NFC", text)
 
-def _class_images(folder: Path) -> list:  # paths, sorted
-    paths = _visible(folder)
-    for path in paths:
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir(): continue
+def _check_image(path: Path):  # by its name
+    suffix = path.suffix.lower()
+    if suffix not in IMAGE_SUFFIXES or path.is_dir():
         why = f"not an image file ({', '.join(IMAGE_SUFFIXES)}) in a class folder"
         raise ValueError(f"{path}: {why}; move it away")
-    if len(paths) < 2:
-        raise ValueError(f"{folder}: too few images ({len(paths)}); a task needs at least two of a class: "
-                         "one to learn from, one to ask about")
+    if suffix == ".avif" and not features.check("avif"):
+        raise ValueError(f"{path}: the Pillow installed here reads no AVIF; save it as PNG or JPEG")
+
+def _image_files(folder: Path) -> list:  # paths, sorted
+    paths = _visible(folder)
+    for path in paths: _check_image(path)
     return paths
 
+def _check_count(folder: Path, count: int):  # of the images of a class
+    if count >= 2: return
+    raise ValueError(f"{folder}: too few images ({count}); a task needs at least two of a class: "
+                     "one to learn from, one to ask about. Add some, or leave out small classes "
+                     "(`--min-images 2`)")
+
 # %% ../nbs/02_sources.ipynb #95272318
-def _list_folder(root: Path) -> list:  # (class name, file name, path) of each image
-    files, names = [], set()
+def _folders_by_name(root: Path) -> dict:  # class name -> its folder
+    found = {}
     for name, place in _class_folders(root).items():
         name = _plain(name, place)
-        if name in names:
+        if name in found:
             why = "another folder has this name in another Unicode form"
             raise ValueError(f"{place}: {why}; rename one of them")
-        names.add(name)
-        for path in _class_images(place):
-            files.append((name, _plain(path.name, path), path))
-    return files
+        found[name] = place
+    return found
 
+def list_folder(
+    folder,  # with `class/image` or `parent/class/image` below it
+    min_images: int | None = None,  # of a class; smaller classes are left out
+) -> tuple[list, dict]:  # (class name, file name, path) of each image; images of each class left out
+    """The images of a tree of class folders, sorted by class and file name. A file that is no image, names
+    that don't fit, and a class or a tree with too few images raise a `ValueError`."""
+    if min_images is not None and min_images < 2:
+        raise ValueError(f"min_images: {min_images} is too few; a task needs at least two images of a class")
+    root, files, left_out = Path(folder), [], {}
+    for name, place in _folders_by_name(root).items():
+        paths = _image_files(place)
+        if min_images is None: _check_count(place, len(paths))
+        elif len(paths) < min_images:
+            left_out[name] = len(paths)
+            continue
+        files += [(name, _plain(path.name, path), path) for path in paths]
+    if files: return _sorted_files(files), left_out
+    fullest = max(left_out, key=left_out.get)
+    found = f"none of its {len(left_out)} classes has {min_images} images"
+    raise ValueError(f"{root}: {found}, and {fullest} has most ({left_out[fullest]}); lower --min-images")
+
+# %% ../nbs/02_sources.ipynb #630265bf
 def _upper_folder(class_name: str) -> str: return class_name.split("/")[0]
 
 def read_folder(
@@ -532,12 +580,13 @@ def read_folder(
     size: int = 84,  # pixels a side
     name: str | None = None,  # of the data set; without it, the folder's
     grey: bool = False,  # grey images in place of colour
+    min_images: int | None = None,  # of a class; smaller classes are left out
 ) -> Pack:
     "A tree of class folders as a pack. What doesn't fit raises a `ValueError` that names it."
     root = Path(folder)
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder; name the folder with the class folders")
-    files = _list_folder(root)
+    files, _ = list_folder(root, min_images)
     name = name or _plain(root.resolve().name, root)
     return read_files(name, files, size, "L" if grey else "RGB", parent_of=_upper_folder)
 
@@ -574,9 +623,19 @@ def _check_folder(name: str, folder: Path):
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; name the folder with the files of {name}")
 
-def _check_options(name: str, other_size: bool, grey: bool):
-    if not grey and not (name == "cifar100" and other_size): return
-    option = "--grey" if grey else "--size"
+def _check_options(
+    name: str,
+    other_size: bool,  # than the usual one
+    grey: bool,
+    min_images: int | None,
+):
+    wrong = {
+        "--grey": grey,
+        "--size": name == "cifar100" and other_size,
+        "--min-images": min_images is not None,
+    }
+    option = next((option for option, is_wrong in wrong.items() if is_wrong), None)
+    if option is None: return
     raise ValueError(f"{name}: its images are kept as they are; {option} is for your own images")
 
 # %% ../nbs/02_sources.ipynb #52f6e66f
@@ -585,6 +644,7 @@ def read_source(
     folder,  # with the data set's files, or with class folders
     size: int | None = None,  # pixels a side; without it, the usual size
     grey: bool = False,  # grey images, for your own
+    min_images: int | None = None,  # of a class of your own; smaller classes are left out
 ) -> Pack:
     """The pack `name` from a folder.
 
@@ -594,10 +654,10 @@ def read_source(
     _check_folder(name, folder)
     if name not in SOURCES:
         size = 84 if size is None else size
-        return read_folder(folder, size, name, grey)
+        return read_folder(folder, size, name, grey, min_images)
     reader, usual = SOURCES[name]
     other_size = size not in (None, usual)
-    _check_options(name, other_size, grey)
+    _check_options(name, other_size, grey, min_images)
     if other_size: return reader(folder, size)
     pack = reader(folder)
     check_known(name, pack)

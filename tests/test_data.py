@@ -477,6 +477,87 @@ def test_links_and_clutter_are_no_obstacle(place):
     assert pack_digest(load_pack(place / "data/my-own.safetensors")) == expected
 
 
+def said(capsys, *command) -> str:
+    "What a command prints; it must end well."
+    capsys.readouterr()
+    assert stanet(*command) == ""
+    return capsys.readouterr().out
+
+
+def waves(seed) -> Image.Image:
+    "A smooth picture, which JPEG hardly changes."
+    small = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((60, 60), Image.Resampling.BICUBIC)
+
+
+def test_what_systems_leave_is_passed_over_and_counted(place, capsys):
+    source = small_tree(place / "raw")
+    expected = pack_digest(sources.read_folder(source, 16, "my-own"))
+    for name in ("__MACOSX/tools/class 1/._picture 0.png", "früchte/@eaDir/picture.png",
+                 "tools/class 1/@eaDir/SYNO.jpg", "tools/class 1/thumbs.db", "tools/DESKTOP.INI"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_bytes(b"x")
+    text = said(capsys, "data", "import", "my-own", source, "--size", 16)
+    assert "passed over, since systems leave them: 5, such as __MACOSX" in text
+    assert pack_digest(load_pack(place / "data/my-own.safetensors")) == expected
+
+
+def test_jfif_and_avif_are_pictures(place):
+    source = small_tree(place / "raw", classes=1, images=2)
+    for name, form in (("0.png", "PNG"), ("1.avif", "AVIF"), ("2.jfif", "JPEG")):
+        waves(3).save(source / "tools/class 0" / name, form, quality=95)
+    assert stanet("data", "import", "my-own", source, "--size", 16) == ""
+    pack = load_pack(place / "data/my-own.safetensors")
+    png, avif, jfif, *_ = pack.images[pack.labels == pack.classes.index("tools/class 0")].int()
+    for other in (avif, jfif): assert (other - png).abs().float().mean() < 8
+
+
+def test_repeats_are_told(place, capsys):
+    source = small_tree(place / "raw", classes=5, images=2)
+    shutil.copy(source / "tools/class 1/picture 0.png", source / "tools/class 1/z.png")
+    shutil.copy(source / "tools/class 2/picture 0.png", source / "früchte/class 2/z.png")
+    waves(5).save(source / "tools/class 3/drawn.png")
+    waves(5).resize((50, 50)).save(source / "tools/class 3/smaller.jpg", quality=70)
+    expected = [
+        "equal images in one class: 1, such as tools/class 1/picture 0.png and tools/class 1/z.png",
+        "equal images in two classes: 1, such as früchte/class 2/z.png and tools/class 2/picture 0.png",
+        "nearly equal images in one class: 1, such as "
+        "tools/class 3/drawn.png and tools/class 3/smaller.jpg",
+    ]
+    text = said(capsys, "data", "import", "my-own", source)
+    for line in expected: assert line in text
+    text = said(capsys, "data", "verify", "my-own")
+    for line in expected: assert line.split(", such as")[0] in text
+    assert "such as image 1 of 'tools/class 1' and image 3 of 'tools/class 1'" in text
+    assert "nearly equal images in two classes" not in text
+
+
+def test_small_classes_are_named_and_left_out(place, capsys):
+    source = small_tree(place / "raw", images=20)
+    keep_images(source / "tools/class 1", 1)
+    keep_images(source / "tools/class 2", 5)
+    answer = refused(place, "data", "import", "my-own", source)
+    assert "class 1: too few images (1)" in answer
+    assert "--min-images 2" in answer
+    text = said(capsys, "data", "import", "my-own", source, "--size", 16, "--min-images", 2)
+    assert "left out, with fewer than 2 images: 'tools/class 1' (1)" in text
+    assert "fewer than 16 images, which 1 shot and 15 queries need: 'tools/class 2' (5)" in text
+    text = said(capsys, "data", "import", "my-own", source, "--size", 16, "--min-images", 16)
+    assert "left out, with fewer than 16 images: 'tools/class 1' (1), 'tools/class 2' (5)" in text
+    assert "fewer than 16 images, which" not in text
+    kept = load_pack(place / "data/my-own.safetensors").classes
+    assert len(kept) == 10
+    assert not {"tools/class 1", "tools/class 2"} & set(kept)
+
+
+def test_min_images_that_make_no_sense(place):
+    source = small_tree(place / "raw")
+    for n, says in ((1, "1 is too few"), (50, "none of its 12 classes has 50 images")):
+        assert says in refused(place, "data", "import", "my-own", source, "--min-images", n)
+    answer = refused(place, "data", "import", "omniglot", place / "good/omniglot", "--min-images", 5)
+    assert "--min-images is for your own images" in answer
+
+
 # ---- where the pack goes
 
 def test_targets_that_cannot_be_written(place, monkeypatch):
@@ -639,4 +720,58 @@ def test_classes_too_small_for_the_tasks_are_named(place):
     (place / "params.yaml").write_text(OWN.replace("query: 3", "query: 9"))
     assert stanet("data", "import", "my-own", small_tree(place / "raw", images=4), "--size", 24) == ""
     few = "shot and queries make 10 images a class, but the smallest test class has 4"
-    assert f"task_sets.my-own-2w1s.shot: {few}" in stanet("tasks", "my-own-2w1s")
+    answer = stanet("tasks", "my-own-2w1s")
+    assert f"task_sets.my-own-2w1s.shot: {few}" in answer
+    smallest = re.search(r"has 4 \('(.*?)'\)", answer)[1]
+    assert smallest in load_pack(place / "data/my-own.safetensors").classes
+    assert "`stanet data import my-own FOLDER --min-images 10` leaves such classes out" in answer
+
+
+BEGUN = """
+  others-2w1s:
+    recipe: short
+    pack: others
+    split: folder
+    way: 2
+    width: 8
+    pools: 2
+    layers: 1
+    d_k: 8
+    d_v: 8
+    steps: 1
+    lr: 1.0e-12
+    weight_decay: 0.0
+    start: my-own-2w1s
+    semantic_weight: 0.0
+"""
+
+
+def trained(key):
+    "What `stanet train` does for a run, without the notebook."
+    chosen = cli.find_run(key)
+    pack = load_pack(cli.pack_path(chosen.pack))
+    net, history, about = experiment.fit(chosen, pack)
+    experiment.record(chosen, net, history, about, pack)
+    return net
+
+
+def test_training_goes_on_from_weights_of_other_images(place):
+    (place / "params.yaml").write_text(OWN)
+    assert stanet("data", "import", "my-own", small_tree(place / "raw", images=8), "--size", 24) == ""
+    source = small_tree(place / "more", parents=("birds",), classes=11, images=8)
+    assert stanet("data", "import", "others", source, "--size", 32) == ""
+    first = trained("my-own-2w1s")
+
+    (place / "params.yaml").write_text(OWN + BEGUN.replace("    semantic_weight: 0.0\n", ""))
+    answer = stanet("fit", "others-2w1s")
+    assert "start: the weights of my-own-2w1s don't fit: semantic.W_sem.weight is (10, 8)" in answer
+    answer = stanet("check")
+    assert "runs.others-2w1s.start: the semantic branch has 9 classes here and 10 in my-own-2w1s" in answer
+    assert "`semantic_weight: 0.0` begins from all other weights" in answer
+
+    (place / "params.yaml").write_text(OWN + BEGUN)
+    second = trained("others-2w1s")
+    assert second.semantic is None
+    weights = first.state_dict()
+    for name, tensor in second.named_parameters():
+        assert (tensor - weights[name]).abs().max() < 1e-3, name  # kept in half precision between them
