@@ -10,7 +10,9 @@ def start():
     """The `stanet` command from its first moment on: Ctrl-C while torch is imported ends it without a word,
     as nothing has been begun. `stanet predict` begins without what trainings import."""
     import signal, sys
+    from stanet.machines import settle
     usual = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    settle()
     if sys.argv[1:2] == ["predict"]: from stanet.answers import main
     else: from stanet.cli import main
     signal.signal(signal.SIGINT, usual)

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import NamedTuple
 from .fingerprints import COLUMNS, proved_equal, read_equivalent
 from .packs import atomic
-from .parameters import (Params, Run, TaskSet, Test, load_params, network_fields, pack_path, root,
-                               run_fields)
+from .parameters import (Params, Run, TaskSet, Test, data_folder, load_params, network_fields,
+                               pack_path, root, run_fields, shown_path)
+from .sources import missing_pack
 
 # %% ../nbs/18_equivalent.ipynb #76b43f74
 def own_tree():
@@ -182,10 +183,10 @@ def git(*command) -> str:
     return done.stdout.strip()
 
 def _link_data(tree: Path):
-    for pack in [*root().glob("data/*.safetensors"), *root().glob("packs/*.safetensors")]:
-        link = tree / pack.parent.name / pack.name
-        link.parent.mkdir(exist_ok=True)
-        link.symlink_to(pack.resolve())
+    for name, folder in {"data": data_folder(), "packs": root() / "packs"}.items():
+        (tree / name).mkdir(exist_ok=True)
+        for pack in folder.glob("*.safetensors"):
+            (tree / name / pack.name).symlink_to(pack.resolve())
     (tree / "runs").symlink_to(root() / "runs")
 
 def old_tree(rev: str, folder: Path) -> Path:
@@ -363,6 +364,11 @@ def _fits_twice(pack: str) -> bool:
     path = pack_path(pack)
     return not path.is_file() or path.stat().st_size < LARGE
 
+def _need_packs(chosen: list):
+    for pack in sorted({c.job["pack"] for c in chosen}):
+        if pack_path(pack).is_file(): continue
+        raise FileNotFoundError(missing_pack(pack, shown_path(data_folder())))
+
 def _where(trees: tuple, job: dict) -> str:  # after how many steps a difference shows
     counts = [n for n in (1, 2, 4, 8, 16, 32, 64) if n < job["steps"]] + [job["steps"]]
     tries = [job | {"steps": n} for n in counts]
@@ -442,6 +448,7 @@ def equivalent(
         chosen, missing = _chosen(covering(candidates), runs)
         print(f"{len(candidates)} of {len(jobs)} trainings, tests and task sets have other code in {rev}")
         print(f"{len(chosen)} of them are tried, for {len({c.pair for c in chosen})} pairs", flush=True)
+        _need_packs(chosen)
         proved, differing = _compare(trees, chosen, missing, rev)
         _report(trees, differing)
     for pair, names in missing.items(): print(f"{pair[0][:12]}: not proved without {', '.join(names)}")

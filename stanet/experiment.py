@@ -20,11 +20,12 @@ from PIL import Image
 from .episodes import Tasks, draw_task_set, load_tasks, save_tasks, tasks_digest
 from .evaluation import accuracy, answer, count_correct, embed_images, errors_of
 from .fingerprints import code_fingerprint, training_code
+from .machines import notebook_environment
 from .method import Method, build, network_size
 from .packs import Pack, atomic, class_parents, digest, load_pack, pack_digest, select
 from .packs import semantic_targets, twins, without
-from .parameters import Params, Run, TaskSet, Test, network_fields, pack_path, root, run_fields
-from .parameters import test_problems
+from .parameters import Params, Run, TaskSet, Test, data_folder, network_fields, pack_path, root
+from .parameters import run_fields, shown_path, test_problems
 from .runtime import devices_together, exclusive_lock, keep_freed_memory
 from .sources import missing_pack
 from .splits import Split, make_split, quarter_turns
@@ -52,7 +53,7 @@ def check_digest(
 def load_data(name: str) -> Pack:
     """The pack `name`, checked against its noted digest. A missing one raises a `FileNotFoundError` that
     says what makes it, another one a `ValueError`."""
-    if not pack_path(name).is_file(): raise FileNotFoundError(missing_pack(name))
+    if not pack_path(name).is_file(): raise FileNotFoundError(missing_pack(name, shown_path(data_folder())))
     pack = load_pack(pack_path(name))
     check_digest(root() / "packs" / f"{name}.sha256", pack_digest(pack), f"the pack {name}")
     return pack
@@ -455,10 +456,13 @@ def _failure(error, notebook: Path, draft: Path) -> BaseException:
     return ValueError(f"{notebook.name}: {error.ename}: {error.evalue}; {kept}")
 
 # %% ../nbs/17_experiment.ipynb #059328dd
+def _settle_kernel():
+    os.environ.update(notebook_environment(root() / "scratch"))
+    import matplotlib.font_manager  # lists the fonts once and says so: here, not in the notebook
+
 def _run_notebook(notebook: Path, draft: Path, parameters: dict):
     import papermill
-    os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")  # the kernel of this environment, not the user's
-    os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")  # nobody looks at widgets here
+    _settle_kernel()
     options = dict(
         kernel_name="python3",
         cwd=str(root()),

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SECTIONS', 'NAME', 'EXTENTS', 'IMAGES', 'Run', 'run_model', 'run_fields', 'read_card', 'network_fields', 'TaskSet',
-           'Test', 'RowEntry', 'Row', 'Report', 'Params', 'read_yaml', 'expand', 'root', 'pack_path', 'pack_outline',
-           'extents', 'image_shape', 'known_splits', 'known_packs', 'Draft', 'test_problems', 'ReportEntry',
-           'problems_of', 'load_params', 'find_run', 'find_test']
+           'Test', 'RowEntry', 'Row', 'Report', 'Params', 'read_yaml', 'expand', 'root', 'data_folder', 'pack_path',
+           'shown_path', 'pack_outline', 'extents', 'image_shape', 'known_splits', 'known_packs', 'Draft',
+           'test_problems', 'ReportEntry', 'problems_of', 'load_params', 'find_run', 'find_test']
 
 # %% ../nbs/15_parameters.ipynb #ff6d7d00
-import difflib, functools, importlib, itertools, json, re
+import difflib, functools, importlib, itertools, json, os, re
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -494,10 +494,23 @@ def root() -> Path:
         if (folder / "params.yaml").is_file(): return folder
     return Path.cwd()
 
+def data_folder() -> Path:
+    """Where packs are kept: `data/`, or the folder that the variable STANET_DATA names.
+    One that is not an absolute path raises a `ValueError`."""
+    named = os.environ.get("STANET_DATA")
+    if not named: return root() / "data"
+    if Path(named).is_absolute(): return Path(named)
+    raise ValueError(f"STANET_DATA is {named!r}; it takes the absolute path of a folder of packs")
+
 def pack_path(name: str) -> Path:
     "Where the pack `name` is kept."
-    folder = "packs" if name == "glyphs" else "data"
-    return root() / folder / f"{name}.safetensors"
+    folder = root() / "packs" if name == "glyphs" else data_folder()
+    return folder / f"{name}.safetensors"
+
+def shown_path(path) -> str:
+    "A path as messages name it: from the project's folder on, if it lies there."
+    path = Path(path)
+    return path.relative_to(root()).as_posix() if path.is_relative_to(root()) else str(path)
 
 # %% ../nbs/15_parameters.ipynb #5d0c1a14
 _NO_PACK = (SafetensorError, TypeError, KeyError, ValueError, AttributeError, RuntimeError, IndexError)
@@ -581,7 +594,7 @@ def known_splits() -> list:
 def known_packs() -> list:
     "The names of the published packs, and of those that are here."
     recorded = (root() / "packs").glob("*.sha256")
-    present = (root() / "data").glob("*.safetensors")
+    present = data_folder().glob("*.safetensors")
     files = {path.stem for path in (*recorded, *present)}
     return sorted(files | EXTENTS.keys())
 

@@ -8,12 +8,12 @@ __all__ = ['PACKAGES', 'M_MMAP_MAX', 'M_TRIM_THRESHOLD', 'M_TOP_PAD', 'MALLOC', 
            'keep_freed_memory', 'Progress']
 
 # %% ../nbs/11_runtime.ipynb #f1ea6a01
-import ctypes, hashlib, json, platform, re, signal, sys, threading
+import ctypes, errno, hashlib, json, platform, re, signal, sys, threading
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock, SoftFileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import load, save
 from .packs import atomic, sweep, writing
@@ -60,14 +60,24 @@ class Checkpoints:
             return load(data), about
 
 # %% ../nbs/11_runtime.ipynb #b086610f
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # what a file system says
+
+def _locked(folder: Path, wait: float):  # the lock, held
+    lock = FileLock(folder / ".lock")
+    try: lock.acquire(timeout=wait)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS: raise
+        lock = SoftFileLock(folder / ".held")
+        lock.acquire(timeout=wait)
+    return lock
+
 @contextmanager
 def exclusive_lock(folder, wait: float = 3.0):
     """Hold `folder` for this process, without what killed ones left in it.
     Another process that holds it for longer than `wait` seconds raises a `BlockingIOError`."""
     folder = Path(folder)
-    lock = FileLock(folder / ".lock")
-    with writing(lock.lock_file): folder.mkdir(parents=True, exist_ok=True)
-    try: lock.acquire(timeout=wait)
+    with writing(folder / ".lock"): folder.mkdir(parents=True, exist_ok=True)
+    try: lock = _locked(folder, wait)
     except Timeout:
         what = f"another process is at work on {folder.name}"
         raise BlockingIOError(f"{what}; wait until it has ended, or stop it") from None
