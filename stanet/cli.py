@@ -16,10 +16,11 @@ from typing import Annotated
 import typer, yaml
 from safetensors import SafetensorError
 from .episodes import tasks_digest
-from .experiment import execute, fit, load_data, note_digest, run_test, task_set
+from .experiment import execute, fit, load_data, note_digest, run_test, take_up, task_set
 from .fingerprints import write_generated
 from .packs import Pack, atomic, load_pack, pack_digest, save_pack, twins
-from .parameters import Test, data_folder, find_run, load_params, pack_path, root, shown_path
+from .parameters import Test, changed_run, data_folder, find_run, idle_networks, load_params, pack_path
+from .parameters import root, shown_path
 from .sources import KNOWN, SOURCES, check_known, check_name, download, find_sources, missing_pack
 from .sources import read_source
 from .splits import SUMMARIES, make_split, split_summary
@@ -185,7 +186,7 @@ def _verify(name: str, path: Path | None) -> tuple[str, list, bool]:
 # %% ../nbs/20_cli.ipynb #85e093aa
 def packs_listed(path: Path) -> dict:  # pack -> MD5 of its file
     "What the file `data.dvc` says of the packs. In another form than the committed one: a `ValueError`."
-    written = yaml.safe_load(path.read_text())
+    written = yaml.safe_load(path.read_text(encoding="utf-8"))
     outs = written.get("outs", []) if isinstance(written, dict) else []
     listed = {str(out.get("path")): out for out in outs}
     expected = {name: f"data/{name}.safetensors" for name in SOURCES}
@@ -261,6 +262,7 @@ def fingerprints():
     """Write fingerprints.yaml and pipeline.yaml from params.yaml and the code.
 
     The first holds what each stage of the pipeline depends on, the second the lists of its stages."""
+    for problem in idle_networks(): raise ValueError(problem)
     if not write_generated(load_params(), root()): return
     hint = "run the same command again, as DVC reads its stages first"
     raise ValueError(f"pipeline.yaml was out of date and has been written again; {hint}")
@@ -304,6 +306,7 @@ def tasks(
 # %% ../nbs/20_cli.ipynb #6cf1a821
 _Key = Annotated[str, typer.Argument(help="name of a run in params.yaml")]
 _Tasks = Annotated[str, typer.Argument(help="name of a task set in params.yaml")]
+_Changes = Annotated[list[str] | None, typer.Argument(help="fields of a try, as field=value")]
 _INDUCTIVE = "answer each query without the others, where the method's authors don't"
 _Inductive = Annotated[bool, typer.Option("--inductive", help=_INDUCTIVE)]
 
@@ -318,12 +321,22 @@ def train_command(key: _Key):
     with interruptible(f"stanet train {key}"): execute(source, output, {"key": key})
 
 @app.command("fit")
-def fit_command(key: _Key):
-    """Train the run KEY without the notebook.
+def fit_command(key: _Key, changes: _Changes = None):
+    """Train the run KEY without the notebook, or try it with other fields, such as `lr=0.001 steps=500`.
 
-    Nothing is recorded: `stanet train KEY` then finds the training finished and records it."""
-    run = find_run(key)
-    with interruptible(f"stanet fit {key}"): fit(run, load_data(run.pack))
+    Nothing is recorded: `stanet train KEY` then finds the training finished and records it. A try has states
+    of its own and leaves those of the run, and all that is recorded, as they are."""
+    run = changed_run(key, changes) if changes else find_run(key)
+    with interruptible(" ".join(["stanet fit", key, *(changes or [])])):
+        pack = load_data(run.pack)
+        said, is_first = take_up(run, pack), os.environ.get("RANK", "0") == "0"
+        if said and is_first: print(said, flush=True)
+        _, history, _ = fit(run, pack)
+    if changes and is_first: print(_last_row(history))
+
+def _last_row(history) -> str:
+    row = history.iloc[-1].dropna()
+    return ", ".join(f"{name} {value:,.4g}" for name, value in row.items() if not isinstance(value, str))
 
 @app.command("campaign")
 def campaign_command(
@@ -377,7 +390,7 @@ def with_results(text: str, results) -> str:
     def table(found):
         "The mark with the table that it names."
         mark, name = found.groups()
-        content = (Path(results) / f"{name}.md").read_text().strip()
+        content = (Path(results) / f"{name}.md").read_text(encoding="utf-8").strip()
         return f"{mark}\n{content}\n<!-- end -->"
     return _SHOWN.sub(table, text)
 
@@ -393,8 +406,8 @@ def bench_command(
 def readme():
     "Copy the tables of results/ into README.md."
     path = root() / "README.md"
-    text = with_results(path.read_text(), root() / "results")
-    with atomic(path) as temporary: temporary.write_text(text)
+    text = with_results(path.read_text(encoding="utf-8"), root() / "results")
+    with atomic(path) as temporary: temporary.write_text(text, encoding="utf-8")
 
 # %% ../nbs/20_cli.ipynb #43c903c1
 @app.command("export")

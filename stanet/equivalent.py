@@ -162,7 +162,7 @@ def one_side(jobs: str, work: str):
     "Do the jobs in the file `jobs` and print an answer a line; what a training prints goes elsewhere."
     own_tree()
     answers, sys.stdout = sys.stdout, sys.stderr
-    for job in json.loads(Path(jobs).read_text()):
+    for job in json.loads(Path(jobs).read_text(encoding="utf-8")):
         print(json.dumps(tried(globals()[work], job)), file=answers, flush=True)
 
 # %% ../nbs/18_equivalent.ipynb #98c989b1
@@ -215,12 +215,12 @@ def new_tree(folder: Path) -> Path:
 def started(tree: Path, work: str, jobs: list):
     "A Python in `tree` that does `work` on `jobs`; it ends with the block."
     program, listed = tree.parent / "side.py", tree.parent / f"{tree.name}.json"
-    program.write_text(script())
-    listed.write_text(json.dumps(jobs))
+    program.write_text(script(), encoding="utf-8")
+    listed.write_text(json.dumps(jobs), encoding="utf-8")
     alike = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1"}
     env = os.environ | alike | {"PYTHONPATH": str(tree)}
     command = [sys.executable, str(program), str(listed), work]
-    with open(tree.parent / f"{tree.name}.txt", "w") as said:
+    with open(tree.parent / f"{tree.name}.txt", "w", encoding="utf-8") as said:
         side = subprocess.Popen(command, cwd=tree, env=env, stdout=subprocess.PIPE, stderr=said, text=True)
     try: yield side
     finally:
@@ -231,7 +231,7 @@ def started(tree: Path, work: str, jobs: list):
 def next_answer(side: subprocess.Popen, tree: Path) -> dict:
     "The next answer of a side; if it has ended, a `ValueError` with the last line that it printed."
     if line := side.stdout.readline(): return json.loads(line)
-    said = (tree.parent / f"{tree.name}.txt").read_text().strip().splitlines()
+    said = (tree.parent / f"{tree.name}.txt").read_text(encoding="utf-8").strip().splitlines()
     why = "killed, perhaps for want of memory" if side.wait() == -9 else said[-1] if said else "no word"
     raise ValueError(f"the {tree.name} side has ended: {why}")
 
@@ -294,7 +294,7 @@ def _recorded(params: Params, runs=None) -> dict:  # key -> card
     paths = {Path(c).parent.name: root() / c for c in cards if (root() / c).is_file()}
     for key in runs or ():
         if key not in params.runs or key not in paths: raise ValueError(f"runs.{key}: not a recorded run")
-    return {k: json.loads(paths[k].read_text()) for k in params.runs if k in paths}
+    return {k: json.loads(paths[k].read_text(encoding="utf-8")) for k in params.runs if k in paths}
 
 def _noted(pattern: str) -> set:  # stems of the files that git doesn't ignore
     files = git("ls-files", "-co", "--exclude-standard", "--", pattern).splitlines()
