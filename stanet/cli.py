@@ -125,14 +125,15 @@ def notes_on(name: str, pack: Pack) -> list:
     return notes
 
 # %% ../nbs/20_cli.ipynb #3fb89a3e
+def _is_first() -> bool: return os.environ.get("RANK", "0") == "0"  # of several processes one speaks
+
 @contextmanager
 def interruptible(again: str):
     "Ctrl-C in this block ends the command with one line that says how to go on, and the exit code 130."
     try: yield
     except KeyboardInterrupt as stop:
         message = str(stop) or f"stopped; `{again}` goes on from the last state"
-        is_first = os.environ.get("RANK", "0") == "0"  # of several processes one speaks
-        if is_first: print(f"stanet: {message}", file=sys.stderr)
+        if _is_first(): print(f"stanet: {message}", file=sys.stderr)
         raise typer.Exit(130) from None
 
 # %% ../nbs/20_cli.ipynb #23099aaf
@@ -306,6 +307,13 @@ def tasks(
 # %% ../nbs/20_cli.ipynb #6cf1a821
 _Key = Annotated[str, typer.Argument(help="name of a run in params.yaml")]
 _Tasks = Annotated[str, typer.Argument(help="name of a task set in params.yaml")]
+def _data_for(run) -> Pack:
+    "The data of a run, after a line on the state that its training begins from, if there is one to say."
+    pack = load_data(run.pack)
+    said = take_up(run, pack)
+    if said and _is_first(): print(said, flush=True)
+    return pack
+
 _Changes = Annotated[list[str] | None, typer.Argument(help="fields of a try, as field=value")]
 _INDUCTIVE = "answer each query without the others, where the method's authors don't"
 _Inductive = Annotated[bool, typer.Option("--inductive", help=_INDUCTIVE)]
@@ -315,10 +323,12 @@ def train_command(key: _Key):
     """Train and record the run KEY, in a notebook.
 
     The executed notebook is kept in runs/KEY/. A training that was stopped goes on from its last state."""
-    find_run(key)
+    run = find_run(key)
     source = root() / "nbs" / "experiments" / "train.ipynb"
     output = root() / "runs" / key / "train.ipynb"
-    with interruptible(f"stanet train {key}"): execute(source, output, {"key": key})
+    with interruptible(f"stanet train {key}"):
+        _data_for(run)  # what it says is of this machine: here, not in the notebook
+        execute(source, output, {"key": key})
 
 @app.command("fit")
 def fit_command(key: _Key, changes: _Changes = None):
@@ -328,11 +338,8 @@ def fit_command(key: _Key, changes: _Changes = None):
     of its own and leaves those of the run, and all that is recorded, as they are."""
     run = changed_run(key, changes) if changes else find_run(key)
     with interruptible(" ".join(["stanet fit", key, *(changes or [])])):
-        pack = load_data(run.pack)
-        said, is_first = take_up(run, pack), os.environ.get("RANK", "0") == "0"
-        if said and is_first: print(said, flush=True)
-        _, history, _ = fit(run, pack)
-    if changes and is_first: print(_last_row(history))
+        _, history, _ = fit(run, _data_for(run))
+    if changes and _is_first(): print(_last_row(history))
 
 def _last_row(history) -> str:
     row = history.iloc[-1].dropna()
