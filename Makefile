@@ -4,9 +4,10 @@ BIN    := .venv/bin
 UV     := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
 RAW    ?=
 export DVC_NO_ANALYTICS := 1
+export PYTHONUTF8 := 1
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help quickstart test lint docs faults lab data env lock
+.PHONY: help quickstart test lint docs faults experiments lab data env lock
 help:                      ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */\1 | /' | column -t -s'|'
 
@@ -25,6 +26,9 @@ docs: env                  ## the site, in _docs/
 
 faults: env                ## kill small runs and change files in thousands of ways; the counts go to results/faults.json
 	$(BIN)/python tests/faults.py
+
+experiments: env           ## DVC's experiments, with the columns in which they differ
+	$(BIN)/dvc exp show --only-changed --drop 'fingerprints.yaml:.*' $(ARGS)
 
 lab: env                   ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab nbs

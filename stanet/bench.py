@@ -500,7 +500,7 @@ def peak_memory() -> int:
     held when it started this one, so there it is read from `/proc`."""
     status = Path("/proc/self/status")
     if status.is_file():
-        kilobytes = status.read_text().split("VmHWM:")[1].split()[0]
+        kilobytes = status.read_text(encoding="utf-8").split("VmHWM:")[1].split()[0]
         return 1024 * int(kilobytes)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
@@ -542,9 +542,9 @@ def bench_import(rounds: int, n: int = 12000) -> list:  # records
 # %% ../nbs/project/bench.ipynb #c83dee46
 def _shorten(copy: Path, steps: int):
     file = copy / "params.yaml"
-    params = yaml.safe_load(file.read_text())
+    params = yaml.safe_load(file.read_text(encoding="utf-8"))
     params["recipes"]["quick"]["steps"] = steps
-    file.write_text(yaml.safe_dump(params, sort_keys=False))
+    file.write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
 
 def _environment(copy: Path) -> dict:  # of a process that runs the copy
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -563,7 +563,7 @@ def bench_pipeline(rounds: int, key: str = "glyphs-5w1s-stanet3") -> list:  # re
         for _ in range(rounds):
             shutil.rmtree(copy / "scratch", ignore_errors=True)
             whole = _clocked(lambda: repro("--force", "--single-item", f"train@{key}"))[1]
-            card = json.loads((copy / "runs" / key / "card.json").read_text())
+            card = json.loads((copy / "runs" / key / "card.json").read_text(encoding="utf-8"))
             seconds.append(whole - card["training_seconds"])
     return [record("pipeline/overhead", seconds, "s a run beside its training")]
 
@@ -599,12 +599,12 @@ def write_bench(records: list, folder):
         "machine.json": json.dumps(machine(), indent=1),
     }
     for name, text in texts.items():
-        with atomic(Path(folder) / name) as temporary: temporary.write_text(text)
+        with atomic(Path(folder) / name) as temporary: temporary.write_text(text, encoding="utf-8")
 
 def _records_of_this_machine(folder: Path) -> list:
     def read(name, missing):
         file = folder / name
-        return json.loads(file.read_text()) if file.is_file() else missing
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else missing
     return read("bench.json", []) if read("machine.json", None) == machine() else []
 
 def _line(r: dict) -> str:

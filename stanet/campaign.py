@@ -70,7 +70,7 @@ class Training:
         threads: int,  # of the process
     ):
         self.key, self.stopped = key, False
-        self.log = tempfile.TemporaryFile("w+")
+        self.log = tempfile.TemporaryFile("w+", encoding="utf-8")
         command = [sys.executable, "-c", "from stanet.cli import main; main()", "fit", key]
         self.process = subprocess.Popen(
             command,

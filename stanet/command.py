@@ -11,7 +11,9 @@ def start():
     as nothing has been begun. `stanet predict` begins without what trainings import, and without the packages
     of the pipeline one line says how to get them."""
     import signal, sys
+    from stanet.machines import settle
     usual = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    settle()
     try:
         if sys.argv[1:2] == ["predict"]: from stanet.answers import main
         else: from stanet.cli import main

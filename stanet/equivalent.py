@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import NamedTuple
 from .fingerprints import COLUMNS, proved_equal, read_equivalent
 from .packs import atomic
-from .parameters import (Params, Run, TaskSet, Test, load_params, network_fields, pack_path, root,
-                               run_fields)
+from .parameters import (Params, Run, TaskSet, Test, data_folder, load_params, network_fields,
+                               pack_path, root, run_fields, shown_path)
+from .sources import missing_pack
 
 # %% ../nbs/18_equivalent.ipynb #76b43f74
 def own_tree():
@@ -161,7 +162,7 @@ def one_side(jobs: str, work: str):
     "Do the jobs in the file `jobs` and print an answer a line; what a training prints goes elsewhere."
     own_tree()
     answers, sys.stdout = sys.stdout, sys.stderr
-    for job in json.loads(Path(jobs).read_text()):
+    for job in json.loads(Path(jobs).read_text(encoding="utf-8")):
         print(json.dumps(tried(globals()[work], job)), file=answers, flush=True)
 
 # %% ../nbs/18_equivalent.ipynb #98c989b1
@@ -182,10 +183,10 @@ def git(*command) -> str:
     return done.stdout.strip()
 
 def _link_data(tree: Path):
-    for pack in [*root().glob("data/*.safetensors"), *root().glob("packs/*.safetensors")]:
-        link = tree / pack.parent.name / pack.name
-        link.parent.mkdir(exist_ok=True)
-        link.symlink_to(pack.resolve())
+    for name, folder in {"data": data_folder(), "packs": root() / "packs"}.items():
+        (tree / name).mkdir(exist_ok=True)
+        for pack in folder.glob("*.safetensors"):
+            (tree / name / pack.name).symlink_to(pack.resolve())
     (tree / "runs").symlink_to(root() / "runs")
 
 def old_tree(rev: str, folder: Path) -> Path:
@@ -214,12 +215,12 @@ def new_tree(folder: Path) -> Path:
 def started(tree: Path, work: str, jobs: list):
     "A Python in `tree` that does `work` on `jobs`; it ends with the block."
     program, listed = tree.parent / "side.py", tree.parent / f"{tree.name}.json"
-    program.write_text(script())
-    listed.write_text(json.dumps(jobs))
+    program.write_text(script(), encoding="utf-8")
+    listed.write_text(json.dumps(jobs), encoding="utf-8")
     alike = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1"}
     env = os.environ | alike | {"PYTHONPATH": str(tree)}
     command = [sys.executable, str(program), str(listed), work]
-    with open(tree.parent / f"{tree.name}.txt", "w") as said:
+    with open(tree.parent / f"{tree.name}.txt", "w", encoding="utf-8") as said:
         side = subprocess.Popen(command, cwd=tree, env=env, stdout=subprocess.PIPE, stderr=said, text=True)
     try: yield side
     finally:
@@ -230,7 +231,7 @@ def started(tree: Path, work: str, jobs: list):
 def next_answer(side: subprocess.Popen, tree: Path) -> dict:
     "The next answer of a side; if it has ended, a `ValueError` with the last line that it printed."
     if line := side.stdout.readline(): return json.loads(line)
-    said = (tree.parent / f"{tree.name}.txt").read_text().strip().splitlines()
+    said = (tree.parent / f"{tree.name}.txt").read_text(encoding="utf-8").strip().splitlines()
     why = "killed, perhaps for want of memory" if side.wait() == -9 else said[-1] if said else "no word"
     raise ValueError(f"the {tree.name} side has ended: {why}")
 
@@ -293,7 +294,7 @@ def _recorded(params: Params, runs=None) -> dict:  # key -> card
     paths = {Path(c).parent.name: root() / c for c in cards if (root() / c).is_file()}
     for key in runs or ():
         if key not in params.runs or key not in paths: raise ValueError(f"runs.{key}: not a recorded run")
-    return {k: json.loads(paths[k].read_text()) for k in params.runs if k in paths}
+    return {k: json.loads(paths[k].read_text(encoding="utf-8")) for k in params.runs if k in paths}
 
 def _noted(pattern: str) -> set:  # stems of the files that git doesn't ignore
     files = git("ls-files", "-co", "--exclude-standard", "--", pattern).splitlines()
@@ -362,6 +363,11 @@ COMPARED = {
 def _fits_twice(pack: str) -> bool:
     path = pack_path(pack)
     return not path.is_file() or path.stat().st_size < LARGE
+
+def _need_packs(chosen: list):
+    for pack in sorted({c.job["pack"] for c in chosen}):
+        if pack_path(pack).is_file(): continue
+        raise FileNotFoundError(missing_pack(pack, shown_path(data_folder())))
 
 def _where(trees: tuple, job: dict) -> str:  # after how many steps a difference shows
     counts = [n for n in (1, 2, 4, 8, 16, 32, 64) if n < job["steps"]] + [job["steps"]]
@@ -442,6 +448,7 @@ def equivalent(
         chosen, missing = _chosen(covering(candidates), runs)
         print(f"{len(candidates)} of {len(jobs)} trainings, tests and task sets have other code in {rev}")
         print(f"{len(chosen)} of them are tried, for {len({c.pair for c in chosen})} pairs", flush=True)
+        _need_packs(chosen)
         proved, differing = _compare(trees, chosen, missing, rev)
         _report(trees, differing)
     for pair, names in missing.items(): print(f"{pair[0][:12]}: not proved without {', '.join(names)}")

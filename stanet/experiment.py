@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['VALIDATION_QUERIES', 'LONGEST_SOCKET', 'note_digest', 'check_digest', 'load_data', 'task_set', 'training_pack',
-           'channel_statistics', 'network_config', 'prepare', 'stage_fields', 'scratch_folder', 'validation_tasks',
-           'validator', 'train_stage', 'one_history', 'all_stages', 'fit', 'test', 'images_a_step', 'images_seen',
-           'recipe_name', 'code_commit', 'card_of', 'record', 'tasks_in_numbers', 'budget_of', 'metrics_of',
-           'record_test', 'read_correct', 'stored_network', 'run_test', 'with_palette', 'execute']
+           'channel_statistics', 'network_config', 'prepare', 'stage_fields', 'state_depends_on', 'scratch_folder',
+           'take_up', 'validation_tasks', 'validator', 'train_stage', 'one_history', 'all_stages', 'fit', 'test',
+           'images_a_step', 'images_seen', 'recipe_name', 'code_commit', 'card_of', 'record', 'tasks_in_numbers',
+           'budget_of', 'metrics_of', 'record_test', 'read_correct', 'stored_network', 'run_test', 'with_palette',
+           'execute']
 
 # %% ../nbs/17_experiment.ipynb #08219a47
-import asyncio, base64, functools, hashlib, io, json, os, signal, subprocess, sys, tempfile, threading, uuid
+import asyncio, base64, functools, hashlib, io, json, os, shutil, signal, subprocess, sys, tempfile
+import threading, uuid
 from pathlib import Path
 from typing import Callable
 import numpy as np
@@ -20,11 +22,12 @@ from PIL import Image
 from .episodes import Tasks, draw_task_set, load_tasks, save_tasks, tasks_digest
 from .evaluation import accuracy, answer, count_correct, embed_images, errors_of
 from .fingerprints import code_fingerprint, training_code
+from .machines import notebook_environment
 from .method import Method, build, network_size
 from .packs import Pack, atomic, class_parents, digest, load_pack, pack_digest, select
-from .packs import semantic_targets, twins, without
-from .parameters import Params, Run, TaskSet, Test, network_fields, pack_path, root, run_fields
-from .parameters import test_problems
+from .packs import semantic_targets, twins, without, writing
+from .parameters import Params, Run, TaskSet, Test, data_folder, network_fields, pack_path, root
+from .parameters import run_fields, shown_path, test_problems
 from .runtime import devices_together, exclusive_lock, keep_freed_memory
 from .sources import missing_pack
 from .splits import Split, make_split, quarter_turns
@@ -34,7 +37,7 @@ from .weights import from_pretrained, save_network, start_from, weights_digest
 # %% ../nbs/17_experiment.ipynb #b75eb153
 def note_digest(path, sha: str):
     "Write a digest to the small file that git and the pipeline see."
-    with atomic(path) as temporary: temporary.write_text(sha + "\n")
+    with atomic(path) as temporary: temporary.write_text(sha + "\n", encoding="utf-8")
 
 def check_digest(
     path,       # the small file; without it nothing is checked
@@ -43,7 +46,7 @@ def check_digest(
 ):
     "Compare a digest with the noted one. Another one raises a `ValueError`."
     path = Path(path)
-    if not path.is_file() or path.read_text().strip() == sha: return
+    if not path.is_file() or path.read_text(encoding="utf-8").strip() == sha: return
     noted = path.relative_to(root())
     made_with = "the results here were made with that one"
     raise ValueError(f"{what} is not the one that {noted} was noted for; {made_with}")
@@ -52,7 +55,7 @@ def check_digest(
 def load_data(name: str) -> Pack:
     """The pack `name`, checked against its noted digest. A missing one raises a `FileNotFoundError` that
     says what makes it, another one a `ValueError`."""
-    if not pack_path(name).is_file(): raise FileNotFoundError(missing_pack(name))
+    if not pack_path(name).is_file(): raise FileNotFoundError(missing_pack(name, shown_path(data_folder())))
     pack = load_pack(pack_path(name))
     check_digest(root() / "packs" / f"{name}.sha256", pack_digest(pack), f"the pack {name}")
     return pack
@@ -139,6 +142,11 @@ def stage_fields(run: Run, stage: str) -> dict:
     if without_tasks: del fields["shot"]
     return fields
 
+def state_depends_on(run: Run, pack: Pack, stage: str) -> list:
+    "What the states of a stage are made of: fields, fingerprint of the code, digests of data and start."
+    began = weights_digest(from_pretrained(run.start)) if run.start else ""
+    return [stage_fields(run, stage), training_code(run), pack_digest(pack), began]
+
 def scratch_folder(
     run: Run,
     pack: Pack,                # its data
@@ -146,11 +154,58 @@ def scratch_folder(
 ) -> Path:
     "Where a run keeps the states of a stage."
     stage = stage or list(run.recipes)[-1]
-    began = weights_digest(from_pretrained(run.start)) if run.start else ""
-    depends_on = [stage_fields(run, stage), training_code(run), pack_digest(pack), began]
-    text = json.dumps(depends_on, sort_keys=True)
+    text = json.dumps(state_depends_on(run, pack, stage), sort_keys=True)
     name = hashlib.sha256(text.encode()).hexdigest()[:16]
     return root() / "scratch" / f"{run.split}-{run.method}-{stage}-{name}"
+
+# %% ../nbs/17_experiment.ipynb #5359559c
+_MADE_OF = ("fields", "code", "data", "start")
+_NOTE = "about.json"  # beside the states of a stage
+
+def _newest_step(folder: Path) -> int | None:
+    names = [path.name for path in folder.glob("step-*.safetensors")]
+    return max((int(name.split("-")[1]) for name in names), default=None)
+
+def _differing(mine: dict, other: dict) -> list:  # of two notes: names of fields, "code", "data", "start"
+    a, b = mine["fields"], other["fields"]
+    fields = sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
+    return fields + [name for name in _MADE_OF[1:] if mine[name] != other[name]]
+
+def _other_states(run: Run, mine: dict, but: Path):  # yields (folder, note) of this key, the newest first
+    notes = (root() / "scratch").glob(f"*/{_NOTE}")
+    for path in sorted(notes, key=lambda path: path.stat().st_mtime, reverse=True):
+        note = json.loads(path.read_text(encoding="utf-8"))
+        alike = note["key"] == run.key and note["stage"] == mine["stage"]
+        if alike and path.parent != but and _newest_step(path.parent) is not None: yield path.parent, note
+
+def _carries_on(run: Run, step: int) -> bool:  # whether a training of other length has the same first steps
+    recipe = run.recipes[list(run.recipes)[-1]]
+    return recipe.schedule == "constant" and not recipe.sizes and step <= recipe.steps
+
+def _from_other(run: Run, mine: dict, folder: Path) -> str:  # what was done with the newest other state
+    for place, note in _other_states(run, mine, folder):
+        step, differing = _newest_step(place), _differing(mine, note)
+        if differing == ["steps"] and _carries_on(run, step):
+            newest = place.glob(f"step-{step:08d}-*.safetensors")
+            for path in newest: shutil.copy2(path, folder / path.name)
+            return f"goes on at step {step:,} of the training with steps: {note['fields']['steps']}"
+        reason = ", and its schedule hangs on their number" if differing == ["steps"] else ""
+        other = f"was made with other {', '.join(differing)}{reason}"
+        return f"begins at step 0: the state at step {step:,} {other}"
+    return ""
+
+def take_up(run: Run, pack: Pack) -> str:
+    """Note what the states of a run's last stage are made of. Without any, begin from those of the same
+    training with another number of steps, where the schedule allows it; a line says what was done."""
+    stage = list(run.recipes)[-1]
+    folder = scratch_folder(run, pack, stage)
+    mine = dict(zip(_MADE_OF, state_depends_on(run, pack, stage))) | {"key": run.key, "stage": stage}
+    is_new = _newest_step(folder) is None
+    with writing(folder): folder.mkdir(parents=True, exist_ok=True)
+    said = _from_other(run, mine, folder) if is_new else ""
+    with atomic(folder / _NOTE) as temporary:
+        temporary.write_text(json.dumps(mine, indent=1) + "\n", encoding="utf-8")
+    return f"{run.key} {said}" if said else ""
 
 # %% ../nbs/17_experiment.ipynb #80cb0f89
 VALIDATION_QUERIES = 15  # a class of a validation task
@@ -272,7 +327,8 @@ def code_commit() -> str:
 
 # %% ../nbs/17_experiment.ipynb #d8a56066
 def _write_json(path, content: dict):
-    with atomic(path) as temporary: temporary.write_text(json.dumps(content, indent=1) + "\n")
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 def card_of(
     run: Run,
@@ -380,7 +436,7 @@ def stored_network(run: Run) -> Method:
     if not (folder / "model.safetensors").is_file():
         raise FileNotFoundError(f"{name} is missing; fetch it, or `stanet train {run.key}` makes it")
     net = from_pretrained(folder / "model.safetensors")
-    card = json.loads((folder / "card.json").read_text())
+    card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
     if weights_digest(net) == card["weights"]["sha256"]: return net
     raise ValueError(f"{name} is not the file that its card names; fetch it or train the run again")
 
@@ -439,7 +495,7 @@ def _kernel_manager():
 # %% ../nbs/17_experiment.ipynb #be06e8d0
 def _check_parameters(notebook: Path, parameters: dict):
     import papermill
-    cells = json.loads(notebook.read_text())["cells"]
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     tags = [tag for cell in cells for tag in cell["metadata"].get("tags", [])]
     if "parameters" not in tags:
         hint = "nbdev_clean keeps it if settings.ini allows tags"
@@ -455,10 +511,13 @@ def _failure(error, notebook: Path, draft: Path) -> BaseException:
     return ValueError(f"{notebook.name}: {error.ename}: {error.evalue}; {kept}")
 
 # %% ../nbs/17_experiment.ipynb #059328dd
+def _settle_kernel():
+    os.environ.update(notebook_environment(root() / "scratch"))
+    import matplotlib.font_manager  # lists the fonts once and says so: here, not in the notebook
+
 def _run_notebook(notebook: Path, draft: Path, parameters: dict):
     import papermill
-    os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")  # the kernel of this environment, not the user's
-    os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")  # nobody looks at widgets here
+    _settle_kernel()
     options = dict(
         kernel_name="python3",
         cwd=str(root()),
@@ -487,10 +546,10 @@ def _without_traces(notebook: dict) -> dict:  # of papermill and of this machine
     return notebook
 
 def _keep(draft: Path, output: Path):  # the executed notebook in its place
-    text = draft.read_text().replace(f"{root()}/", "")
+    text = draft.read_text(encoding="utf-8").replace(f"{root()}/", "")
     notebook = _without_traces(json.loads(text))
     with atomic(output) as temporary:
-        temporary.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
+        temporary.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     draft.unlink()
 
 # %% ../nbs/17_experiment.ipynb #12062b19

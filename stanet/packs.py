@@ -7,12 +7,13 @@ __all__ = ['Pack', 'show_images', 'select', 'class_parents', 'semantic_targets',
            'repeats', 'lookalikes', 'sweep', 'writing', 'atomic', 'save_pack', 'in_one_line', 'load_pack']
 
 # %% ../nbs/01_packs.ipynb #2b979bda
-import errno, fcntl, hashlib, json, os, shutil, tempfile
+import errno, hashlib, json, os, shutil, tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -212,23 +213,21 @@ def lookalikes(
     return torch.tensor(found, dtype=torch.int64).reshape(-1, 2)
 
 # %% ../nbs/01_packs.ipynb #d3151725
-def _lock(folder, wait: bool) -> int | None:  # an open handle, which holds the lock until it is closed
-    try: handle = os.open(folder, os.O_RDONLY)
-    except OSError: return None  # removed a moment ago
-    try: fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:  # held by another process, or a file system without locks
-        if wait: return handle
-        os.close(handle)
-        return None
-    return handle
+def _lock(folder: Path, wait: bool) -> FileLock | None:  # held until it is released or the process ends
+    lock = FileLock(folder / ".lock")
+    try: lock.acquire(timeout=-1 if wait else 0)
+    except Timeout: return None  # held by another process
+    except OSError:  # removed a moment ago, or a file system without locks
+        return lock if wait and folder.is_dir() else None
+    return lock
 
 def sweep(folder):
     "Remove the temporary folders in `folder` whose writers were killed."
     for left in Path(folder).glob(".*.partial"):
-        handle = _lock(left, wait=False)
-        if handle is None: continue  # its writer is at work
+        lock = _lock(left, wait=False)
+        if lock is None: continue  # its writer is at work
+        lock.release()  # not every system removes an open file
         shutil.rmtree(left, ignore_errors=True)
-        os.close(handle)
 
 # %% ../nbs/01_packs.ipynb #39fc948b
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -252,14 +251,14 @@ def writing(path):
         raise OSError(f"{path}: can't be written ({os.strerror(number)}); {remedy}") from None
 
 # %% ../nbs/01_packs.ipynb #dcb3f9c5
-def _own_folder(path: Path) -> tuple[Path, int]:  # a new folder beside `path`, and the handle of its lock
+def _own_folder(path: Path) -> tuple[Path, FileLock]:  # a new folder beside `path`, and its lock
     while True:
         made = tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
         folder = Path(made)
-        handle = _lock(folder, wait=True)
-        if handle is None: continue  # swept away before it was opened
-        if folder.exists(): return folder, handle
-        os.close(handle)  # swept away before it was locked
+        lock = _lock(folder, wait=True)
+        if lock is None: continue  # swept away before it was opened
+        if folder.exists(): return folder, lock
+        lock.release()  # swept away before it was locked
 
 # %% ../nbs/01_packs.ipynb #a7f1cc03
 @contextmanager
@@ -271,16 +270,16 @@ def atomic(path):
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path.parent)
-        folder, handle = _own_folder(path)
+        folder, lock = _own_folder(path)
         temporary = folder / path.name
         try:
             yield temporary
-            with open(temporary, "rb") as written: os.fsync(written.fileno())
+            with open(temporary, "r+b") as written: os.fsync(written.fileno())
             os.chmod(temporary, 0o644)
             os.replace(temporary, path)
         finally:
+            lock.release()
             shutil.rmtree(folder, ignore_errors=True)
-            os.close(handle)
 
 # %% ../nbs/01_packs.ipynb #9201ab20
 def save_pack(pack: Pack, path) -> str:  # the digest

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['SECTIONS', 'NAME', 'EXTENTS', 'IMAGES', 'Run', 'run_model', 'run_fields', 'read_card', 'network_fields', 'TaskSet',
-           'Test', 'RowEntry', 'Row', 'Report', 'Params', 'read_yaml', 'expand', 'root', 'pack_path', 'pack_outline',
-           'extents', 'smallest_class', 'image_shape', 'known_splits', 'known_packs', 'Draft', 'test_problems',
-           'ReportEntry', 'problems_of', 'load_params', 'find_run', 'find_test']
+           'Test', 'RowEntry', 'Row', 'Report', 'Params', 'read_yaml', 'expand', 'root', 'data_folder', 'pack_path',
+           'shown_path', 'pack_outline', 'extents', 'smallest_class', 'image_shape', 'known_splits', 'known_packs',
+           'Draft', 'test_problems', 'ReportEntry', 'problems_of', 'load_params', 'find_run', 'changed_run',
+           'find_test', 'idle_networks']
 
 # %% ../nbs/15_parameters.ipynb #ff6d7d00
-import difflib, functools, importlib, itertools, json, re
+import difflib, functools, importlib, itertools, json, os, re, subprocess
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -494,10 +495,23 @@ def root() -> Path:
         if (folder / "params.yaml").is_file(): return folder
     return Path.cwd()
 
+def data_folder() -> Path:
+    """Where packs are kept: `data/`, or the folder that the variable STANET_DATA names.
+    One that is not an absolute path raises a `ValueError`."""
+    named = os.environ.get("STANET_DATA")
+    if not named: return root() / "data"
+    if Path(named).is_absolute(): return Path(named)
+    raise ValueError(f"STANET_DATA is {named!r}; it takes the absolute path of a folder of packs")
+
 def pack_path(name: str) -> Path:
     "Where the pack `name` is kept."
-    folder = "packs" if name == "glyphs" else "data"
-    return root() / folder / f"{name}.safetensors"
+    folder = root() / "packs" if name == "glyphs" else data_folder()
+    return folder / f"{name}.safetensors"
+
+def shown_path(path) -> str:
+    "A path as messages name it: from the project's folder on, if it lies there."
+    path = Path(path)
+    return path.relative_to(root()).as_posix() if path.is_relative_to(root()) else str(path)
 
 # %% ../nbs/15_parameters.ipynb #5d0c1a14
 _NO_PACK = (SafetensorError, TypeError, KeyError, ValueError, AttributeError, RuntimeError, IndexError)
@@ -598,7 +612,7 @@ def known_splits() -> list:
 def known_packs() -> list:
     "The names of the published packs, and of those that are here."
     recorded = (root() / "packs").glob("*.sha256")
-    present = (root() / "data").glob("*.safetensors")
+    present = data_folder().glob("*.safetensors")
     files = {path.stem for path in (*recorded, *present)}
     return sorted(files | EXTENTS.keys())
 
@@ -1304,8 +1318,64 @@ def find_run(key: str) -> Run:
     if key in runs: return runs[key]
     raise ValueError(f"no run {key!r} in params.yaml; there are {', '.join(runs)}")
 
+def _fields_of(changes: list) -> dict:  # of "lr=0.001"
+    fields = {}
+    for change in changes:
+        name, sign, text = change.partition("=")
+        value, problems = read_yaml(text)
+        if not sign or not name or problems:
+            raise ValueError(f"{change!r}: a change is written field=value, such as lr=0.001")
+        fields[name] = value
+    return fields
+
+def _with_starts(key: str, entries: dict) -> dict:  # the entry and those that it begins from
+    chosen = {}
+    while key in entries and key not in chosen:
+        chosen[key] = entries[key]
+        key = entries[key].get("start")
+    return chosen
+
+def changed_run(
+    key: str,       # of a run in params.yaml
+    changes: list,  # such as "lr=0.001"
+) -> Run:
+    "The run `key` with some fields changed, for a try. What isn't sound raises a `ValueError`."
+    find_run(key)
+    raw, _ = _read(root() / "params.yaml")
+    entries, _ = _entries("runs", raw["runs"])
+    entries[key] = entries[key] | _fields_of(changes)
+    tried = raw | {"runs": _with_starts(key, entries), "reports": {}}
+    params, found = problems_of(tried)
+    if found: raise ValueError("; ".join(found))
+    return params.runs[key]
+
 def find_test(name: str) -> Test:
     "The test `name`, as in RUN-on-SET, of the reports of params.yaml. An unknown one raises a `ValueError`."
     tests = load_params(thorough=False).tests
     if name in tests: return tests[name]
     raise ValueError(f"no test {name!r} in params.yaml; there are {', '.join(tests)}")
+
+# %% ../nbs/15_parameters.ipynb #0037e883
+def _committed(name: str) -> str:  # a file's text in git; nothing outside it
+    command = ["git", "show", f"HEAD:./{name}"]
+    try: done = subprocess.run(command, cwd=root(), capture_output=True, text=True, encoding="utf-8")
+    except OSError: return ""
+    return done.stdout if done.returncode == 0 else ""
+
+def _without_effect(now: dict, before: dict):  # yields a line for each network changed in vain
+    if now.get("runs") != before.get("runs"): return
+    for name, fields in now.get("networks", {}).items():
+        old = before.get("networks", {}).get(name, {})
+        runs = [key for key, run in before["runs"].items() if old.items() <= run.items()]
+        changed = sorted(field for field in fields if fields[field] != old.get(field))
+        if not old or not changed or not runs: continue
+        field = changed[0]
+        what = f"networks.{name}.{field} changes no run, as each has a copy of it"
+        yield f"{what}; change it there: -S '+runs.{runs[0]}.{field}={fields[field]}'"
+
+def idle_networks() -> list:
+    "A line for each network of params.yaml that was changed, since the last commit, without changing a run."
+    before, problems = read_yaml(_committed("params.yaml"))
+    now, more = _read(root() / "params.yaml")
+    if problems or more or not isinstance(before, dict) or not isinstance(now, dict): return []
+    return list(_without_effect(now, before))

@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'M_MMAP_MAX', 'M_TRIM_THRESHOLD', 'M_TOP_PAD', 'MALLOC', 'Checkpoints', 'exclusive_lock',
-           'describe_device', 'devices_together', 'noted_interrupt', 'pressed_in_any', 'latest_of_all',
-           'keep_freed_memory', 'Progress']
+           'describe_device', 'devices_together', 'noted_interrupt', 'pressed_in_any', 'fitting_generator', 'going_on',
+           'latest_of_all', 'keep_freed_memory', 'Progress']
 
 # %% ../nbs/11_runtime.ipynb #f1ea6a01
-import ctypes, hashlib, json, platform, re, signal, sys, threading
+import ctypes, errno, hashlib, json, os, platform, re, signal, sys, threading
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock, SoftFileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import load, save
 from .packs import atomic, sweep, writing
@@ -60,14 +60,24 @@ class Checkpoints:
             return load(data), about
 
 # %% ../nbs/11_runtime.ipynb #b086610f
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # what a file system says
+
+def _locked(folder: Path, wait: float):  # the lock, held
+    lock = FileLock(folder / ".lock")
+    try: lock.acquire(timeout=wait)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS: raise
+        lock = SoftFileLock(folder / ".held")
+        lock.acquire(timeout=wait)
+    return lock
+
 @contextmanager
 def exclusive_lock(folder, wait: float = 3.0):
     """Hold `folder` for this process, without what killed ones left in it.
     Another process that holds it for longer than `wait` seconds raises a `BlockingIOError`."""
     folder = Path(folder)
-    lock = FileLock(folder / ".lock")
-    with writing(lock.lock_file): folder.mkdir(parents=True, exist_ok=True)
-    try: lock.acquire(timeout=wait)
+    with writing(folder / ".lock"): folder.mkdir(parents=True, exist_ok=True)
+    try: lock = _locked(folder, wait)
     except Timeout:
         what = f"another process is at work on {folder.name}"
         raise BlockingIOError(f"{what}; wait until it has ended, or stop it") from None
@@ -81,7 +91,7 @@ PACKAGES = ("torch", "torchvision", "accelerate", "numpy")  # whose versions a r
 
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
 
@@ -97,7 +107,9 @@ def describe_device() -> dict:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
     }
-    return about | {package: version(package) for package in PACKAGES}
+    about |= {package: version(package) for package in PACKAGES}
+    processes = os.environ.get("WORLD_SIZE", "1")
+    return about if processes == "1" else about | {"processes": processes}
 
 def _both(old: str, new: str) -> str:
     names = old.split("; ")
@@ -108,6 +120,8 @@ def devices_together(
     now: dict,     # likewise
 ) -> dict:
     "The two descriptions in one, field by field: 'this; that' where they differ."
+    if before and "processes" in before | now:  # one, where it isn't noted
+        before, now = {"processes": "1"} | before, {"processes": "1"} | now
     return {field: _both(before.get(field, new), new) for field, new in now.items()}
 
 # %% ../nbs/11_runtime.ipynb #0f2bed66
@@ -132,6 +146,36 @@ def pressed_in_any(accelerator, noted: list) -> bool:
     pressed = torch.tensor([float(len(noted))], device=accelerator.device)
     return bool(accelerator.reduce(pressed, "mean") > 0)
 
+_GENERATOR = "sampler.generator"  # the tensor that holds what the generator of tasks has come to
+
+def fitting_generator(
+    tensors: dict,  # of a state
+    device,         # on which the training goes on
+) -> tuple[dict, str]:
+    """The tensors with a generator that `device` can continue, and a line on it if it isn't the stored one.
+    That of a GPU and that of a CPU are different machines: a new one begins from the stored one's digest."""
+    stored, here = tensors.get(_GENERATOR), torch.Generator(device)
+    if stored is None or stored.numel() == here.get_state().numel(): return tensors, ""
+    here.manual_seed(int(_mark(stored.numpy().tobytes()), 16) % 2**63)
+    kind = torch.device(device).type
+    line = f"this {kind} can't go on with the random numbers of the device before, so it draws others"
+    return tensors | {_GENERATOR: here.get_state()}, line
+
+def _of_other_processes(accelerator, about: dict) -> str:  # a line if their number has changed
+    before, now = about.get("devices", {}).get("processes", "1").split("; ")[-1], accelerator.num_processes
+    if before == str(now): return ""
+    return f"the number of processes was {before} and is {now} now, so that a step is shared otherwise"
+
+def going_on(accelerator, found: tuple) -> tuple:  # tensors and notes of a state
+    "A state for the devices of this process. What can't be continued exactly is said in a line."
+    tensors, about = found
+    tensors, line = fitting_generator(tensors, accelerator.device)
+    lines = [line, _of_other_processes(accelerator, about)]
+    if accelerator.process_index == 0:
+        place = f"going on at step {about['step']:,}"
+        for line in filter(None, lines): print(f"{place}: {line}; the card names both", flush=True)
+    return tensors, about
+
 def latest_of_all(accelerator, checkpoints: Checkpoints):  # -> tensors and notes of the state, or None
     """The newest state, looked for when every process is here.
     Processes that find different ones raise a `ValueError`."""
@@ -139,7 +183,7 @@ def latest_of_all(accelerator, checkpoints: Checkpoints):  # -> tensors and note
     found = checkpoints.latest()
     step = torch.tensor([found[1]["step"] if found else 0], device=accelerator.device)
     steps = sorted(set(accelerator.gather(step).tolist()))
-    if len(steps) == 1: return found
+    if len(steps) == 1: return going_on(accelerator, found) if found else None
     listed = ", ".join(map(str, steps))
     hint = "they need one folder scratch/ that all of them see"
     raise ValueError(f"the processes found states of the steps {listed}; {hint}")

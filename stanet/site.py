@@ -231,7 +231,7 @@ def imported(text: str, seen=None) -> dict:  # path of a module -> its text
     for path in sorted(files):
         name = path.relative_to(root()).as_posix()
         if name in seen: continue
-        seen[name] = path.read_text()
+        seen[name] = path.read_text(encoding="utf-8")
         imported(seen[name], seen)
     return seen
 
@@ -249,8 +249,8 @@ def _recorded_hashes() -> list:  # one for each file
 
 def page_hash(path: Path) -> str:  # 20 hexadecimal digits
     "A hash of what the page of the notebook at `path` depends on."
-    text = path.read_text()
-    how = (root() / "stanet" / "site.py").read_text()
+    text = path.read_text(encoding="utf-8")
+    how = (root() / "stanet" / "site.py").read_text(encoding="utf-8")
     begin, end = how.index("class RunCells"), how.index("def module_file")
     how = how[begin:end]
     versions = [version(name) for name in ("nbdev", "execnb", "torch", "matplotlib", "pandas")]
@@ -430,7 +430,7 @@ CARD = (
 def tests_in(folder: Path, card: dict) -> dict:  # name of a task set -> metrics
     "The tests of the run in `folder`, or the one on its card."
     paths = sorted(folder.glob("tests/*/metrics.json"))
-    found = {p.parent.name: json.loads(p.read_text()) for p in paths}
+    found = {p.parent.name: json.loads(p.read_text(encoding="utf-8")) for p in paths}
     if found or "metrics" not in card: return found
     return {card["run"].get("test", "its test tasks"): card["metrics"]}
 
@@ -669,7 +669,7 @@ def params_page() -> list:  # cells
     "The reference of params.yaml."
     of_run = fields_of(Run, without=(*Recipe.model_fields, *NOT_TYPED))
     of_methods = "\n".join(map(options_text, known_methods()))
-    file = (root() / "params.yaml").read_text()
+    file = (root() / "params.yaml").read_text(encoding="utf-8")
     sections = {
         "`recipes`: how to train": fields_of(Recipe),
         "`runs`: what to train": f"{RUNS}\n{of_run}\n{of_methods}",
@@ -742,8 +742,8 @@ def write_sidebar():
     fields = {"website": {"sidebar": look}}
     text = yaml.dump(fields, Dumper=IndentDumper, sort_keys=False)
     path = root() / "nbs" / "sidebar.yml"
-    if path.is_file() and path.read_text() == text: return
-    path.write_text(text)
+    if path.is_file() and path.read_text(encoding="utf-8") == text: return
+    path.write_text(text, encoding="utf-8")
 
 # %% ../nbs/project/site.ipynb #0806c148
 def modules() -> dict:  # name of a module -> the notebook that exports it
@@ -777,7 +777,7 @@ def import_graph(later: bool = False) -> dict:  # module -> set of modules
     full_names = {f"stanet.{name}": name for name in graph}
     for full, name in full_names.items():
         package = full.rpartition(".")[0]
-        tree = ast.parse(module_file(name).read_text())
+        tree = ast.parse(module_file(name).read_text(encoding="utf-8"))
         for node, inside in import_statements(tree):
             if inside != later: continue
             found = full_names.keys() & imported_names(node, package)
@@ -925,7 +925,7 @@ def modules_page() -> list:  # cells
     rows = []
     for name, imports in both(loaded, later).items():
         link = f"[{name}]({page_address(pages[name])})"
-        about = ast.get_docstring(ast.parse(module_file(name).read_text()))
+        about = ast.get_docstring(ast.parse(module_file(name).read_text(encoding="utf-8")))
         about = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", about)  # without links: they are relative to its page
         sources = ", ".join(f"`{other}`" for other in pages if other in imports)
         rows.append((link, about, sources))
@@ -975,8 +975,8 @@ def make_offline(folder: Path):
     for page in folder.rglob("*.html"):
         depth = len(page.relative_to(folder).parts) - 1
         here = "../" * depth + "site_libs/katex"
-        text = page.read_text().replace(smalldocs.layout.KATEX, here)
-        page.write_text(text)
+        text = page.read_text(encoding="utf-8").replace(smalldocs.layout.KATEX, here)
+        page.write_text(text, encoding="utf-8")
 
 # %% ../nbs/project/site.ipynb #1b11f88b
 def write_page(path: Path, cells: list):
@@ -995,7 +995,7 @@ def used_in(titles: dict) -> dict:  # stem -> title of each report; -> run -> ta
     for stem, title in titles.items():
         folder = root() / "results" / "cells" / stem
         for path in sorted(folder.glob("*.json")):
-            m = json.loads(path.read_text())
+            m = json.loads(path.read_text(encoding="utf-8"))
             run = m.get("run") or m["key"]
             tasks = path.stem.removeprefix(f"{run}-on-")
             reports = used.setdefault(run, {}).setdefault(tasks, [])

@@ -695,12 +695,12 @@ _NO_DOWNLOAD = (
     "Get ILSVRC 2012 from image-net.org (or an 84-pixel copy that you may use) and Ravi and Larochelle's "
     "train.csv, val.csv and test.csv, put them in one folder, then `stanet data import mini FOLDER`")
 
-def missing_pack(name: str) -> str:
-    "That the pack `name` is missing, and the commands that make it."
+def missing_pack(name: str, folder: str = "data") -> str:
+    "That the pack `name` is missing in `folder`, and the commands that bring it."
     if name == "glyphs": return "packs/glyphs.safetensors is missing; `dvc repro glyphs` draws it"
     commands = f"`stanet data import {name} FOLDER` makes it"
     if name in DOWNLOADS: commands = f"`stanet data download {name}` or {commands}"
-    return f"data/{name}.safetensors is missing; {commands}"
+    return f"{folder}/{name}.safetensors is missing; {commands}, `stanet data pull URL` fetches it"
 
 def download(name: str, folder) -> Path:
     """Download the data set `name` below `folder`.

@@ -24,7 +24,7 @@ def weights_files(root) -> dict:  # key -> file
 
 def _rows(path: Path) -> list:  # of a table
     if not path.is_file(): return []
-    with open(path, newline="") as file: return list(csv.DictReader(file))
+    with open(path, encoding="utf-8", newline="") as file: return list(csv.DictReader(file))
 
 def first_runs(root) -> list:  # keys
     "The first run of each measured row of the tables."

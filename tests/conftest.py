@@ -22,6 +22,7 @@ def run(*command, cwd, check=True, **options):
     "Run a command of this environment in `cwd`, with the package there; returns the finished process."
     env = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(cwd)}
     env |= {"DVC_NO_ANALYTICS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    env.pop("STANET_DATA", None)  # a folder of packs of whoever runs the tests
     env.pop("IN_TEST", None)  # set by nbdev's test runner, and makes nbdev_export do nothing
     words = list(map(str, command))
     done = subprocess.run(words, cwd=cwd, env=env, capture_output=True, text=True, **options)

@@ -15,7 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # runs are forked from this proce
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import numpy as np, torch, yaml
-import torch._dynamo  # comes with the first optimiser: once here instead of in every run
+import torch._dynamo  # comes with the first optimiser: once here instead of in every run  # noqa: F401
 import stanet.episodes
 from stanet import experiment, method, packs, parameters, runtime, sources, training, weights
 from accelerate import Accelerator

@@ -1,5 +1,6 @@
 "The real pipeline on the embedded data set, made small: what runs again, and whether results repeat."
 import json, re, shutil
+from concurrent.futures import ThreadPoolExecutor
 import nbformat, pytest, yaml
 from conftest import ROOT, clone, edit_params, run
 
@@ -97,6 +98,20 @@ def test_same_run_same_weights_and_answers(pipeline):
     for stage in (f"train@{RUNS[0]}", f"test@{RUNS[0]}-on-{SET}"):
         run("dvc", "repro", "--force", "--single-item", stage, cwd=folder)
     assert made() == first
+
+
+def test_two_repros_side_by_side(pipeline):
+    "Each does its work or says that the other is at work; dvc.lock is whole, and nothing is out of order."
+    folder, _ = pipeline
+    names = [f"test@{key}-on-{SET}" for key in RUNS[:2]]
+    again_alone = ("dvc", "repro", "--force", "--single-item")
+    def again(name): return run(*again_alone, name, cwd=folder, check=False)
+    with ThreadPoolExecutor() as pool: both = list(pool.map(again, names))
+    assert any(done.returncode == 0 for done in both)
+    for done in both: assert "Traceback" not in done.stderr
+    for done in both: assert done.returncode == 0 or "lock" in done.stdout + done.stderr
+    assert "schema" in yaml.safe_load((folder / "dvc.lock").read_text())
+    assert "up to date" in run("dvc", "status", *names, cwd=folder).stdout
 
 
 def test_wrong_parameter_stops_before_training(project):
