@@ -22,7 +22,6 @@ from PIL import Image
 from .episodes import Tasks, draw_task_set, load_tasks, save_tasks, tasks_digest
 from .evaluation import accuracy, answer, count_correct, embed_images, errors_of
 from .fingerprints import code_fingerprint, training_code
-from .machines import notebook_environment
 from .method import Method, build, network_size
 from .packs import Pack, atomic, class_parents, digest, load_pack, pack_digest, select
 from .packs import semantic_targets, twins, without, writing
@@ -512,6 +511,7 @@ def _failure(error, notebook: Path, draft: Path) -> BaseException:
 
 # %% ../nbs/17_experiment.ipynb #059328dd
 def _settle_kernel():
+    from stanet.machines import notebook_environment
     os.environ.update(notebook_environment(root() / "scratch"))
     import matplotlib.font_manager  # lists the fonts once and says so: here, not in the notebook
 

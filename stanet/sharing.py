@@ -10,6 +10,8 @@ __all__ = ['BLOCK', 'TAIL', 'Place', 'place_of', 'arrived', 'write_rest', 'md5_o
 import hashlib, shutil
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 import fsspec
 from .packs import in_one_line
 from .runtime import exclusive_lock
@@ -32,7 +34,9 @@ class Place(NamedTuple):
 
 def place_of(url: str) -> Place:
     "The place that an address names. One that can't be reached by a library here raises a `ValueError`."
-    try: system, folder = fsspec.url_to_fs(str(url))
+    parts = urlsplit(str(url))
+    known = url2pathname(parts.path) if parts.scheme == "file" else str(url)  # %20 is a space
+    try: system, folder = fsspec.url_to_fs(known)
     except (ImportError, ValueError) as error:
         raise ValueError(f"{url}: {in_one_line(error)}") from None
     return Place(system, folder)
