@@ -822,7 +822,7 @@ def depths(graph: dict) -> dict:  # module -> int
     return depth
 
 # %% ../nbs/project/site.ipynb #9fe1d4df
-ROW, HEIGHT, LANE, TURN = 25, 18, 10, 6  # pixels: between rows, of a box, between lines, of a corner
+ROW, HEIGHT, LANE, TURN = 25, 18, 8, 6  # pixels: between rows, of a box, between lines, of a corner
 
 class Box(NamedTuple):
     "A module's box in the picture, in pixels."
