@@ -28,7 +28,7 @@ faults: env                ## kill small runs and change files in thousands of w
 	$(BIN)/python tests/faults.py
 
 experiments: env           ## DVC's experiments, with the columns in which they differ
-	$(BIN)/dvc exp show --only-changed --drop 'fingerprints.yaml:.*' $(ARGS)
+	$(BIN)/dvc exp show --only-changed --drop 'fingerprints.json:.*' $(ARGS)
 
 lab: env                   ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab nbs

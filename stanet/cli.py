@@ -327,13 +327,13 @@ def check():
 # %% ../nbs/20_cli.ipynb #bbe81ab4
 @app.command()
 def fingerprints():
-    """Write fingerprints.yaml and pipeline.yaml from params.yaml and the code.
+    """Write fingerprints.json and pipeline.json from params.yaml and the code.
 
     The first holds what each stage of the pipeline depends on, the second the lists of its stages."""
     for problem in idle_networks(): raise ValueError(problem)
     if not write_generated(load_params(), root()): return
     hint = "run the same command again, as DVC reads its stages first"
-    raise ValueError(f"pipeline.yaml was out of date and has been written again; {hint}")
+    raise ValueError(f"pipeline.json was out of date and has been written again; {hint}")
 
 @app.command()
 def equivalent(

@@ -466,7 +466,7 @@ def test_fingerprint(
 
 # %% ../nbs/16_fingerprints.ipynb #0c69d35d
 def all_fingerprints(params: Params, of=None) -> dict:
-    "What `fingerprints.yaml` holds: a fingerprint for glyphs, each task set, each run, each test."
+    "What `fingerprints.json` holds: a fingerprint for glyphs, each task set, each run, each test."
     if of is None: of = functools.cache(this_code().fingerprint)
     rows, tasks = read_equivalent(), {}
     for name, t in params.task_sets.items():
@@ -479,16 +479,15 @@ def all_fingerprints(params: Params, of=None) -> dict:
     }
 
 # %% ../nbs/16_fingerprints.ipynb #0140147b
-def _as_yaml(content: dict) -> str:  # two levels, one entry a line
-    lines = ["# Made by `stanet fingerprints`; changes here are lost."]
+def _as_json(content: dict) -> str:  # two levels, one entry a line
+    sections = []
     for section, entries in content.items():
-        if not entries or not isinstance(entries, dict):
-            lines.append(f"{section}: {json.dumps(entries)}")
-            continue
-        lines.append(f"{section}:")
-        for name, value in entries.items():
-            lines.append(f"  {json.dumps(name)}: {json.dumps(value)}")
-    return "\n".join([*lines, ""])
+        text = json.dumps(entries)
+        if entries and isinstance(entries, dict):
+            lines = [f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in entries.items()]
+            text = "\n".join(["{", ",\n".join(lines), "}"])
+        sections.append(f"{json.dumps(section)}: {text}")
+    return "\n".join(["{", ",\n".join(sections), "}", ""])
 
 # %% ../nbs/16_fingerprints.ipynb #e297a60b
 def _test_stage(t: Test, params: Params) -> dict:
@@ -510,7 +509,7 @@ def _cells(params: Params) -> dict:  # NAME-in-REPORT -> what its stage needs
 
 # %% ../nbs/16_fingerprints.ipynb #5c146c06
 def pipeline(params: Params) -> dict:
-    "What `pipeline.yaml` holds: the stages, and what DVC must know of each."
+    "What `pipeline.json` holds: the stages, and what DVC must know of each."
     trainings, further = {}, {}
     for key, run in params.runs.items():
         if run.start: further[key] = {"pack": run.pack, "start": run.start}
@@ -536,12 +535,12 @@ def _remove_old_files(folder: Path, stages: dict):
     for path in folder.glob("results/cells/*/*.json"):
         report, name = path.parent.name, path.stem
         if (report, name) not in expected: path.unlink()
-    shutil.rmtree(folder / "fingerprints", ignore_errors=True)  # of versions before fingerprints.yaml
+    shutil.rmtree(folder / "fingerprints", ignore_errors=True)  # of versions before fingerprints.json
 
 def write_generated(params: Params, folder=None) -> bool:
-    """Write `fingerprints.yaml` and `pipeline.yaml` into `folder`, and remove files of cells that are gone.
+    """Write `fingerprints.json` and `pipeline.json` into `folder`, and remove files of cells that are gone.
     Returns whether the stages have changed, so that DVC must read them again."""
     folder, stages = Path(folder or root()), pipeline(params)
-    _write(folder / "fingerprints.yaml", _as_yaml(all_fingerprints(params)))
+    _write(folder / "fingerprints.json", _as_json(all_fingerprints(params)))
     _remove_old_files(folder, stages)
-    return _write(folder / "pipeline.yaml", _as_yaml(stages))
+    return _write(folder / "pipeline.json", _as_json(stages))

@@ -1,6 +1,6 @@
 "What changes a fingerprint, and what must not: on copies of the package with one thing changed."
 import functools, json, shutil, sys
-import pytest, yaml
+import pytest
 from conftest import ROOT, edit_params, run
 from stanet.fingerprints import Code, all_fingerprints, write_generated
 from stanet.parameters import load_params
@@ -184,7 +184,7 @@ def copy(tmp_path):
     for name in ("stanet", "nbs", "runs"): shutil.copytree(ROOT / name, tmp_path / name, ignore=leave)
     shutil.copytree(ROOT / "packs", tmp_path / "packs", ignore=shutil.ignore_patterns("*.safetensors"))
     shutil.copytree(ROOT / "results" / "cells", tmp_path / "results" / "cells")
-    for name in ("params.yaml", "equivalent.csv", "fingerprints.yaml", "pipeline.yaml"):
+    for name in ("params.yaml", "equivalent.csv", "fingerprints.json", "pipeline.json"):
         if (ROOT / name).is_file(): shutil.copy(ROOT / name, tmp_path)
     return tmp_path
 
@@ -203,7 +203,7 @@ def test_an_option_and_a_field_of_recipes_at_their_neutral_values_change_nothing
 
 
 def test_generated_files_are_up_to_date(copy, params):
-    names = ("fingerprints.yaml", "pipeline.yaml")
+    names = ("fingerprints.json", "pipeline.json")
     before = [(copy / n).read_text() for n in names]
     assert not write_generated(params, copy)
     assert [(copy / n).read_text() for n in names] == before
@@ -223,6 +223,6 @@ def test_a_row_makes_a_stage_and_says_so(copy, params):
     row = {"method": "STANet", "variant": "another", "task_set": "cifar-easy-5w1s", "run": KEY}
     edit_params(copy, lambda p: p["reports"]["table4"]["rows"].append(row))
     assert write_generated(load_params(copy / "params.yaml", thorough=False), copy)
-    stages = yaml.safe_load((copy / "pipeline.yaml").read_text())
+    stages = json.loads((copy / "pipeline.json").read_text())
     assert stages["tests"][f"{KEY}-on-cifar-easy-5w1s"]["folder"] == f"runs/{KEY}/tests/cifar-easy-5w1s"
     assert f"{KEY}-on-cifar-easy-5w1s-in-table4" in stages["cells"]
