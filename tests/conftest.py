@@ -46,6 +46,13 @@ def clone(folder) -> Path:
     return folder
 
 
+def small_clone(folder) -> Path:
+    "A clone without the recorded runs in its lock, which DVC would write anew after each stage, for seconds."
+    clone(folder)
+    (folder / "dvc.lock").unlink()
+    return folder
+
+
 @pytest.fixture
 def project(tmp_path): return clone(tmp_path / "project with space")
 

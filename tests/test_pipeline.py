@@ -2,7 +2,7 @@
 import json, re, shutil
 from concurrent.futures import ThreadPoolExecutor
 import nbformat, pytest, yaml
-from conftest import BIN, ROOT, clone, edit_params, run
+from conftest import BIN, ROOT, edit_params, run, small_clone
 
 SET = "glyphs-5w1s"
 RUNS = [f"{SET}-stanet3", f"{SET}-stanet3-uniform", f"{SET}-protonet"]
@@ -34,7 +34,7 @@ def answers_of(folder, key): return folder / "runs" / key / "tests" / SET
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
     "A project whose quickstart has been made small and run by `make quickstart`; and what that said."
-    folder = clone(tmp_path_factory.mktemp("pipeline") / "project")
+    folder = small_clone(tmp_path_factory.mktemp("pipeline") / "project")
     edit_params(folder, small)
     done = run("make", "-o", "env", f"BIN={BIN}", "quickstart", cwd=folder)
     return folder, done.stdout
@@ -44,7 +44,8 @@ def test_everything_is_made(pipeline):
     folder, said = pipeline
     stages = set(stages_run(said))
     assert {f"train@{k}" for k in RUNS} < stages and {f"test@{k}-on-{SET}" for k in RUNS} < stages
-    alone, at_once, rest = re.split(r"^Trainings.*two at a time:$|^.*dvc repro report@quickstart$", said, flags=re.M)
+    parts = r"^Trainings.*two at a time:$|^.*dvc repro report@quickstart$"
+    alone, at_once, rest = re.split(parts, said, flags=re.M)
     assert "train@" not in alone and stages_run(rest) == ["report@quickstart"]
     assert {f"train@{k}" for k in RUNS} < set(stages_run(at_once))
     for key in RUNS:
