@@ -244,7 +244,7 @@ NO_FIT = {
     f"runs.{ONE}.start: {ONE} from {THREE} from {ONE} goes in a circle":
         both(run_with(start=THREE), lambda p: p["runs"][THREE].update(start=ONE)),
     f"runs.extra.start: the weights of {KEY} don't fit: W_o.weight is (5, 96) float32 and should be (5, 64)":
-        glyphs_run(width=32, pools=3, layers=2, d_k=32, d_v=32, start=KEY),
+        glyphs_run(width=24, pools=3, layers=2, d_k=32, d_v=32, start=KEY),
     # entries with `for`
     "runs.x-b: duplicate, made again by 'x-{a}'":
         more("runs", "x-{a}", recipe="quick", **{"for": {"a": ["b", "b"]}}),
