@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHIPPED', 'stored', 'weights_digest', 'save_network', 'state_mismatch', 'first_of', 'build_on_meta', 'load_network',
            'start_from', 'published', 'fetch', 'weights_path', 'from_pretrained', 'batch_of', 'as_batch', 'evaluating',
-           'class_probabilities', 'predict']
+           'labelled_softmax', 'class_probabilities', 'predict']
 
 # %% ../nbs/10_weights.ipynb #1b2c2fe9
 import difflib, json, os, sys
@@ -225,6 +225,12 @@ def evaluating(net: nn.Module):
     finally:
         for part, mode in modes: part.training = mode
 
+def labelled_softmax(logits, labels):  # (Q, way), (S,) -> (Q, way)
+    "Softmax over the classes that have a label; the others have none."
+    classes = torch.arange(logits.shape[-1], device=logits.device)
+    there = (labels[:, None] == classes).any(0)
+    return logits.masked_fill(~there, -torch.inf).softmax(-1)
+
 def class_probabilities(
     net: Method,
     support,        # (S, ...) what `embed` made of the examples
@@ -232,10 +238,8 @@ def class_probabilities(
     query,          # (Q, ...) what `embed` made of the queries
 ) -> torch.Tensor:  # (Q, way)
     "Probabilities of the classes; one without an example has none."
-    logits = net.classify(support[None], labels[None], query[None])[0].float()
-    absent = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device)
-    absent[labels] = False
-    return logits.masked_fill(absent, -torch.inf).softmax(-1)
+    logits = net.classify(support[None], labels[None], query[None])[0]
+    return labelled_softmax(logits.float(), labels)
 
 # %% ../nbs/10_weights.ipynb #52603f74
 def _task_of(net: Method, labels, n_support: int, n_query: int) -> torch.Tensor:  # (S,)
