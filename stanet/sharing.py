@@ -148,8 +148,9 @@ def pull_pack(
         if md5_of(here, file) == md5: return f"{name}: here already"
         raise ValueError(f"{name}: another {file} is here; remove it to fetch that one")
     busy = Path(folder) / f".{name}.incoming"
-    with exclusive_lock(busy): bring(there, here, file, md5)
-    shutil.rmtree(busy, ignore_errors=True)
+    with exclusive_lock(busy):
+        try: bring(there, here, file, md5)
+        finally: shutil.rmtree(busy, ignore_errors=True)
     return f"{name}: fetched, {here.size(file):,} bytes"
 
 # %% ../nbs/project/sharing.ipynb #ac6a0964

@@ -14,8 +14,9 @@ __all__ = ['STEPS', 'READS', 'RECORDED', 'OF_RUNS', 'FORMS', 'DIGEST', 'NUMBER',
            'circle', 'drawing_of', 'invented_task', 'type_of', 'default_of', 'fields_of', 'options_text', 'params_page',
            'help_texts', 'command_page', 'notebooks', 'group', 'sidebar', 'write_sidebar', 'modules',
            'import_statements', 'imported_names', 'import_graph', 'both', 'late_imports', 'reachable', 'reduced',
-           'depths', 'Box', 'place_boxes', 'arrow', 'page_address', 'linked_box', 'graph_picture', 'modules_page',
-           'Site', 'katex', 'make_offline', 'write_page', 'copy_to', 'used_in', 'write_results', 'write_pages', 'main']
+           'depths', 'Box', 'lanes', 'place_boxes', 'arrow', 'page_address', 'linked_box', 'graph_picture',
+           'modules_page', 'Site', 'katex', 'make_offline', 'write_page', 'copy_to', 'used_in', 'write_results',
+           'write_pages', 'main']
 
 # %% ../nbs/project/site.ipynb #8e949de5
 import ast, base64, hashlib, html, io, json, math, os, random, re, shutil, sys
@@ -841,18 +842,30 @@ class Box(NamedTuple):
         return self.y + HEIGHT / 2
 
 # %% ../nbs/project/site.ipynb #5ce658f3
+def lanes(graph: dict) -> dict:  # module -> int
+    "How many lines are left of each box: one more than of any box in its column whose line passes its row."
+    depth, rows = depths(graph), {name: row for row, name in enumerate(graph)}
+    passing = {name: set() for name in graph}
+    for source in graph:
+        ends = [rows[source], *(rows[name] for name in graph if source in graph[name])]
+        for name in graph:
+            if depth[name] == depth[source] and min(ends) < rows[name] < max(ends): passing[name].add(source)
+        passing[source].discard(source)
+    lane = {}
+    for name in TopologicalSorter(passing).static_order():
+        lane[name] = max((lane[other] + 1 for other in passing[name]), default=0)
+    return lane
+
 def place_boxes(graph: dict) -> dict:  # module -> Box
     "A row for each module in the order of `graph`, a column for each depth."
-    depth = depths(graph)
-    imported = set().union(*graph.values())
+    depth, lane = depths(graph), lanes(graph)
     boxes, left = {}, 4
     for level in range(max(depth.values()) + 1):
-        lines, right = 0, left
+        right = left
         for row, name in enumerate(graph):
             if depth[name] != level: continue
-            box = Box(left + LANE * lines, ROW * row + 4, 6.5 * len(name) + 14)
+            box = Box(left + LANE * lane[name], ROW * row + 4, 6.5 * len(name) + 14)
             boxes[name], right = box, max(right, box.right)
-            if name in imported: lines += 1
         left = right + 6
     return {name: boxes[name] for name in graph}
 
