@@ -46,8 +46,8 @@ def clone(folder) -> Path:
     return folder
 
 
-def small_clone(folder) -> Path:
-    "A clone without the recorded runs in its lock, which DVC would write anew after each stage, for seconds."
+def clone_without_lock(folder) -> Path:
+    "A clone in which DVC notes its stages anew: the lock of all recorded runs takes seconds to write, after each."
     clone(folder)
     (folder / "dvc.lock").unlink()
     return folder

@@ -2,7 +2,7 @@
 import json, re, shutil
 from concurrent.futures import ThreadPoolExecutor
 import nbformat, pytest, yaml
-from conftest import BIN, ROOT, edit_params, run, small_clone
+from conftest import BIN, ROOT, clone_without_lock, edit_params, run
 
 SET = "glyphs-5w1s"
 RUNS = [f"{SET}-stanet3", f"{SET}-stanet3-uniform", f"{SET}-protonet"]
@@ -34,7 +34,7 @@ def answers_of(folder, key): return folder / "runs" / key / "tests" / SET
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
     "A project whose quickstart has been made small and run by `make quickstart`; and what that said."
-    folder = small_clone(tmp_path_factory.mktemp("pipeline") / "project")
+    folder = clone_without_lock(tmp_path_factory.mktemp("pipeline") / "project")
     edit_params(folder, small)
     done = run("make", "-o", "env", f"BIN={BIN}", "quickstart", cwd=folder)
     return folder, done.stdout
