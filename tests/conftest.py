@@ -47,7 +47,7 @@ def clone(folder) -> Path:
 
 
 def clone_without_lock(folder) -> Path:
-    "A clone in which DVC notes its stages anew: the lock of all recorded runs takes seconds to write, after each."
+    "A clone in which DVC notes its stages anew: the lock of all recorded runs takes it seconds after each."
     clone(folder)
     (folder / "dvc.lock").unlink()
     return folder
