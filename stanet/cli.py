@@ -297,7 +297,9 @@ def _move(move, url: str, names):  # push_pack or pull_pack
         bad += not good
     if bad: raise ValueError(f"{bad} packs were not moved, see above")
 
-_Url = Annotated[str, typer.Argument(help="a folder, or an address that fsspec knows, such as s3://bucket/packs")]
+_Url = Annotated[
+    str, typer.Argument(help="a folder, or an address that fsspec knows, such as s3://bucket/packs")
+]
 _Names = Annotated[list[str] | None, typer.Argument(help="names of packs; none for all")]
 
 @data_app.command("push")

@@ -3,6 +3,7 @@ import json
 import pytest
 from conftest import ROOT, run
 
+COLUMNS = 110
 UNSEEN = ("#| hide", "#| default_exp")  # how cells begin that no page shows
 FOLDERS = [ROOT / "nbs" / part for part in ("", "methods", "project", "tutorials")]
 NOTEBOOKS = [path for folder in FOLDERS for path in sorted(folder.glob("*.ipynb"))]
@@ -15,6 +16,16 @@ def test_ruff_finds_nothing():
 
 def test_pre_commit_knows_its_hooks(project):
     run("pre-commit", "validate-config", cwd=project)
+
+
+def test_no_line_of_code_runs_out_of_its_page():  # ruff passes over one that ends with an address
+    long = []
+    for path in NOTEBOOKS:
+        cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+        lines = [line for cell in cells for line in "".join(cell["source"]).splitlines()]
+        seen = [line for line in lines if not line.startswith("#|")]
+        long += [f"{path.name}: {line}" for line in seen if len(line) > COLUMNS]
+    assert not long
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
