@@ -37,6 +37,7 @@ from execnb.nbio import mk_cell, new_nb, read_nb, write_nb
 from execnb.shell import CaptureShell
 from fastcore.imports import IN_NOTEBOOK
 from fastcore.parallel import parallel
+from filelock import FileLock
 from nbdev.config import get_config
 from nbdev.frontmatter import FrontmatterProc
 from nbdev.process import NBProcessor, Processor
@@ -266,9 +267,13 @@ def kept_page(path: Path) -> Path:
     return root() / "scratch" / "site" / f"{name}-{page_hash(path)}.ipynb"
 
 def render_and_keep(path: Path):
-    "Execute the notebook at `path` and keep its page."
-    place, nb = kept_page(path), render_notebook(path)
-    with atomic(place) as temporary: write_nb(nb, temporary)
+    "Execute the notebook at `path` and keep its page, unless it is kept or another process is at it."
+    place = kept_page(path)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(place.with_suffix(".lock")):
+        if place.is_file(): return
+        nb = render_notebook(path)
+        with atomic(place) as temporary: write_nb(nb, temporary)
 
 def executed(sources: list) -> list:  # the kept pages
     "The executed pages of notebooks; those that are not kept are run, two at a time."

@@ -1,6 +1,6 @@
 "Every notebook runs from top to bottom, and the package is what the notebooks export."
 import pytest, torch
-from nbdev.test import test_nb as run_notebook
+from stanet.site import render_and_keep
 from conftest import ROOT, run
 
 FOLDERS = (".", "methods", "project", "tutorials")
@@ -11,11 +11,10 @@ NOTEBOOKS = [*LIBRARY, ROOT / "nbs" / "experiments" / "train.ipynb"]
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
-def test_checks_pass(notebook, monkeypatch):
+def test_checks_pass(notebook, monkeypatch):  # its page is kept, and test_site.py takes it
     monkeypatch.chdir(notebook.parent)
-    monkeypatch.setenv("MPLBACKEND", "agg")
-    passed, _ = run_notebook(notebook, do_print=True, basepath=ROOT)
-    assert passed, f"{notebook.name}: a check failed, see above"
+    monkeypatch.setenv("IN_TEST", "1")
+    render_and_keep(notebook)
     assert torch.is_grad_enabled(), f"{notebook.name}: it leaves gradients off, and the next one trains"
 
 
