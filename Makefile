@@ -22,7 +22,7 @@ quickstart: env            ## the whole pipeline on the embedded data set, 3 to 
 	@cat results/quickstart.md; echo; echo "results/quickstart.ipynb shows the comparison, the curves and what attention looked at"
 
 test: env .venv/.compiled  ## every notebook's checks and all of tests/
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 10
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 40
 
 lint: env                  ## ruff on package, tests and notebooks
 	$(BIN)/ruff check --quiet .
