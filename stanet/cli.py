@@ -6,7 +6,8 @@
 __all__ = ['app', 'data_app', 'some', 'problems_with', 'repeat_notes', 'notes_on', 'interruptible', 'data_import',
            'data_download', 'packs_listed', 'data_verify', 'data_push', 'data_pull', 'data_list', 'check',
            'fingerprints', 'equivalent', 'glyphs', 'tasks', 'train_command', 'fit_command', 'campaign_command',
-           'test_command', 'report', 'with_results', 'bench_command', 'readme', 'export_command', 'main']
+           'test_command', 'report', 'cell_command', 'with_results', 'bench_command', 'readme', 'export_command',
+           'main']
 
 # %% ../nbs/20_cli.ipynb #a2a4b24e
 import hashlib, os, re, sys, tempfile, time
@@ -19,6 +20,7 @@ from safetensors import SafetensorError
 from .episodes import tasks_digest
 from .experiment import execute, fit, load_data, note_digest, run_test, take_up, task_set
 from .fingerprints import write_generated
+from .machines import copy_cell
 from .packs import Pack, atomic, load_pack, lookalikes, pack_digest, repeats, save_pack, twins
 from .parameters import TaskSet, Test, changed_run, data_folder, find_run, idle_networks, load_params
 from .parameters import pack_path, root, shown_path
@@ -450,6 +452,15 @@ def report(
         raise ValueError(f"no report {name!r}; there are {', '.join(known)}")
     output = root() / "results" / f"{name}.ipynb"
     with interruptible(f"stanet report {name}"): execute(source, output, {"name": name})
+
+# %% ../nbs/20_cli.ipynb #9a628435
+_Source = Annotated[Path, typer.Argument(help="metrics.json of a test", metavar="FROM")]
+_Target = Annotated[Path, typer.Argument(help="its place in a report", metavar="TO")]
+
+@app.command("cell")
+def cell_command(source: _Source, target: _Target):
+    "Copy the metrics of a test to its place in a report."
+    copy_cell(source, target)
 
 # %% ../nbs/20_cli.ipynb #c41e0b92
 def _add_predict():
