@@ -329,7 +329,8 @@ def data_list():
 # %% ../nbs/20_cli.ipynb #aad43820
 _Keys = Annotated[list[str] | None, typer.Argument(help="names of runs")]
 
-def _with_weights() -> list: return sorted(path.parent.name for path in root().glob("runs/*/model.safetensors"))
+def _with_weights() -> list:
+    return sorted(path.parent.name for path in root().glob("runs/*/model.safetensors"))
 
 @weights_app.command("push")
 def weights_push(url: _Url, keys: _Keys = None):

@@ -211,7 +211,7 @@ def check_weights(
 ):
     "Compare weights with the card of their run. Others, or a missing card, raise a `ValueError`."
     card = Path(project) / "runs" / key / "card.json"
-    if not card.is_file(): raise ValueError(f"{key}: no runs/{key}/card.json that says which weights are meant")
+    if not card.is_file(): raise ValueError(f"{key}: no runs/{key}/card.json to compare weights with")
     if weights_digest(load_network(path)) == read_card(card)["weights"]["sha256"]: return
     raise ValueError(f"{key}: {Path(path).name} isn't the file that runs/{key}/card.json names; remove it")
 
@@ -259,5 +259,6 @@ def _keep_weights(part: Path, whole: Path, key: str, project):
     try: check_weights(part, key, project)
     except ValueError:
         part.unlink()
-        raise ValueError(f"{key}: what arrived is not what runs/{key}/card.json names; nothing is kept") from None
+        problem = f"what arrived is not what runs/{key}/card.json names"
+        raise ValueError(f"{key}: {problem}; nothing is kept") from None
     part.replace(whole)
