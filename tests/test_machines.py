@@ -313,8 +313,6 @@ def read_only(bare):
 
 WRITES = [  # a command, and what it can't write
     ("report table4", "scratch"),
-    ("readme", "README.md"),
-    ("data import toy nbs", "data"),
     (f"cell runs/{FIRST}/card.json results/cells/new/a.json", "results/cells/new"),
 ]
 
@@ -325,8 +323,6 @@ def test_a_read_only_checkout(read_only):
     for command, name in WRITES:
         done = call("stanet", *command.split(), cwd=read_only, check=False, preexec_fn=without_power)
         one_line(done, name, "Permission denied")
-    said = call("dvc", "status", "report@table4", cwd=read_only, check=False, preexec_fn=without_power).stderr
-    assert "Permission denied" in said and ".dvc" in said and "Traceback" not in said
     assert changes(read_only) == ""
 
 
@@ -381,7 +377,6 @@ SET = "glyphs-5w1s"
 STAGES = [
     f"tasks {SET}", f"train {KEY}", f"test {KEY} {SET}",
     f"cell runs/{KEY}/tests/{SET}/metrics.json results/cells/quickstart/{KEY}-on-{SET}.json",
-    "report table4",
 ]
 
 
@@ -393,12 +388,11 @@ def windows_language(folder) -> dict:
 
 
 def test_the_quickstart_without_what_windows_lacks(glyphs, tmp_path):
-    "Each stage of one of its runs: training and report in a kernel that lacks the same."
+    "Each stage of one of its runs, the training in a kernel that lacks the same."
     (tmp_path / "sitecustomize.py").write_text(NOT_ON_WINDOWS)
     given = windows_language(tmp_path) | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{glyphs}"}
     try:
         for stage in STAGES: call("stanet", *stage.split(), cwd=glyphs, **given)
     finally: shutil.rmtree(glyphs / "scratch", ignore_errors=True)
-    assert changes(glyphs).split() == ["M", "params.yaml"]  # table4 is what it was
     made = {p.name for p in (glyphs / "runs" / KEY).iterdir()}
     assert made == {"card.json", "history.csv", "model.safetensors", "tests", "train.ipynb"}
