@@ -11,7 +11,7 @@ __all__ = ['SETTINGS', 'WAY', 'SHOT', 'QUERY', 'CLASSES', 'EACH', 'METHODS', 'PA
            'bench_steps', 'bench_evaluations', 'machine', 'write_bench', 'bench']
 
 # %% ../nbs/project/bench.ipynb #47ad974b
-import contextlib, io, json, math, os, resource, shutil, subprocess, sys, tempfile, time
+import contextlib, io, json, math, os, shutil, subprocess, sys, tempfile, time
 from importlib.metadata import version
 from pathlib import Path
 import numpy as np
@@ -502,6 +502,10 @@ def peak_memory() -> int:
     if status.is_file():
         kilobytes = status.read_text(encoding="utf-8").split("VmHWM:")[1].split()[0]
         return 1024 * int(kilobytes)
+    if sys.platform == "win32":
+        import psutil
+        return psutil.Process().memory_info().peak_wset
+    import resource  # not in Windows
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

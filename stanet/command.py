@@ -8,12 +8,13 @@ __all__ = ['start']
 # %% ../nbs/project/reliability.ipynb #32a60c0b
 def start():
     """The `stanet` command from its first moment on: Ctrl-C while torch is imported ends it without a word,
-    as nothing has been begun. `stanet predict` begins without what trainings import, and without the packages
-    of the pipeline one line says how to get them."""
+    as nothing has been begun. `stanet predict` and `stanet cell` begin without what trainings import, and
+    without the packages of the pipeline one line says how to get them."""
     import signal, sys
-    from stanet.machines import settle
+    from stanet.machines import cell_main, settle
     usual = signal.signal(signal.SIGINT, signal.SIG_DFL)
     settle()
+    if sys.argv[1:2] == ["cell"] and "--help" not in sys.argv: return cell_main(sys.argv[2:])
     try:
         if sys.argv[1:2] == ["predict"]: from stanet.answers import main
         else: from stanet.cli import main

@@ -1,14 +1,14 @@
 """Data sets as people have them, whole and broken.
 
 What is right becomes the same pack; what is wrong gets one line of error and leaves no file."""
-import ctypes, json, os, pickle, random, re, shutil, subprocess, sys, unicodedata
+import json, os, pickle, random, re, shutil, subprocess, sys, unicodedata
 from itertools import product
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 from safetensors import SafetensorError
-from conftest import BIN, ROOT
+from conftest import BIN, ROOT, without_power
 from stanet import cli, experiment, packs, sources
 from stanet.packs import load_pack, pack_digest
 from stanet.splits import MINI
@@ -578,14 +578,6 @@ def test_targets_that_cannot_be_written(place, monkeypatch):
             answer = refused(place, "data", "import", "my-own", source)
         assert says in answer
         assert "has room" in answer
-
-
-def without_power():
-    "As root, give up writing where the permissions forbid it, from the program started next on."
-    if os.geteuid() != 0: return
-    drop = 24  # PR_CAPBSET_DROP
-    for capability in (1, 2):  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH
-        ctypes.CDLL(None).prctl(drop, capability, 0, 0, 0)
 
 
 def test_read_only_folder(place):

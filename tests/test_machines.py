@@ -5,7 +5,7 @@ import errno, hashlib, os, resource, shutil, signal, subprocess, sys
 import nbformat, pytest, torch, yaml
 import numpy as np
 from PIL import Image
-from conftest import BIN, ROOT, clone, edit_params, run
+from conftest import BIN, ROOT, clone, edit_params, run, without_power
 from stanet import packs
 from stanet.runtime import Checkpoints, exclusive_lock
 from stanet.sharing import move_packs, pull_pack
@@ -14,12 +14,14 @@ KEY = "glyphs-5w1s-protonet"
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 
-def call(*command, cwd, code=ROOT, check=True, **variables):
-    "A command of this environment whose package is that of the folder `code`, with further variables."
+def call(*command, cwd, code=ROOT, check=True, preexec_fn=None, **variables):
+    """A command of this environment whose package is that of the folder `code`, with further variables;
+    `preexec_fn` is called in its process before it starts."""
     env = {k: v for k, v in os.environ.items() if k not in ("STANET_DATA", "IN_TEST")}
     env |= {"PATH": f"{BIN}{os.pathsep}{env['PATH']}", "PYTHONPATH": str(code), "DVC_NO_ANALYTICS": "1"}
     words = list(map(str, command))
-    done = subprocess.run(words, cwd=cwd, env=env | variables, capture_output=True, encoding="utf-8")
+    options = dict(capture_output=True, encoding="utf-8", preexec_fn=preexec_fn)
+    done = subprocess.run(words, cwd=cwd, env=env | variables, **options)
     said = f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     if check and done.returncode: raise AssertionError(f"{command} ended with {done.returncode}\n{said}")
     return done
@@ -227,6 +229,24 @@ def test_packs_pushed_and_pulled(project, tmp_path):
     one_line(call("stanet", "data", "pull", "pigeon://loft", cwd=project, check=False), "pigeon://loft: ")
 
 
+def test_weights_pushed_and_pulled(project, tmp_path):
+    "Weights that are missing come back, also after a break; changed ones are refused by the card."
+    shelf, weights = tmp_path / "shelf", project / "runs" / FIRST / "model.safetensors"
+    content = weights.read_bytes()
+    assert f"{FIRST}: sent, " in call("stanet", "weights", "push", shelf, FIRST, cwd=project).stdout
+    weights.unlink()
+    part = project / "scratch" / "weights" / f"{FIRST}.safetensors.part"
+    part.write_bytes(content[:10_000])
+    assert f"{FIRST}: fetched, " in call("stanet", "weights", "pull", shelf, FIRST, cwd=project).stdout
+    assert weights.read_bytes() == content and not part.exists()
+    assert changes(project) == ""
+    weights.unlink()
+    (shelf / f"{FIRST}.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    done = call("stanet", "weights", "pull", shelf, FIRST, cwd=project, check=False)
+    assert done.returncode == 1 and "nothing is kept" in done.stdout
+    assert not weights.exists() and not part.exists()
+
+
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory): return clone(tmp_path_factory.mktemp("bare") / "project")
 
@@ -282,6 +302,30 @@ def test_a_full_disk_while_packs_are_pulled(tmp_path):
     assert [p.name for p in here.iterdir()] == ["toy.safetensors"]
 
 
+@pytest.fixture
+def read_only(bare):
+    "A clone in which nothing may be written."
+    paths = [path for path in [bare, *bare.rglob("*")] if ".git" not in path.parts]
+    for path in paths: path.chmod(path.stat().st_mode & ~0o222)
+    yield bare
+    for path in paths: path.chmod(path.stat().st_mode | 0o200)
+
+
+WRITES = [  # a command, and what it can't write
+    ("report table4", "scratch"),
+    (f"cell runs/{FIRST}/card.json results/cells/new/a.json", "results/cells/new"),
+]
+
+
+def test_a_read_only_checkout(read_only):
+    "What only reads works; each other command says in one line what it can't write. This holds for root too."
+    call("stanet", "check", cwd=read_only, preexec_fn=without_power)
+    for command, name in WRITES:
+        done = call("stanet", *command.split(), cwd=read_only, check=False, preexec_fn=without_power)
+        one_line(done, name, "Permission denied")
+    assert changes(read_only) == ""
+
+
 WINDOWS = """
 import multiprocessing, sys, warnings
 for name in ("fcntl", "resource", "termios", "pwd", "grp"): sys.modules[name] = None  # not on Windows
@@ -311,3 +355,44 @@ def test_import_and_prediction_without_what_windows_lacks(tmp_path):
     weights = ROOT / "runs" / FIRST / "model.safetensors"
     command = (sys.executable, "-X", "warn_default_encoding", "-c", WINDOWS, tmp_path / "bilder", weights)
     assert call(*command, cwd=tmp_path).stdout.splitlines()[-1] == "torch.Size([5, 5])"
+
+
+NOT_ON_WINDOWS = """
+import builtins, os, sys
+HIDDEN = {"fcntl", "resource", "termios", "pwd", "grp"}
+USERS = {"stanet", "filelock", "accelerate", "safetensors", "fsspec", "typer"}  # IPython asks for its system
+usual = builtins.__import__
+
+def import_(name, globals=None, *rest, **named):
+    user = (globals or {}).get("__name__", "").split(".")[0]
+    if name in HIDDEN and user in USERS: raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+    return usual(name, globals, *rest, **named)
+
+builtins.__import__ = import_
+if os.path.basename(sys.argv[0] if sys.argv else "") != "dvc":
+    import multiprocessing
+    multiprocessing.set_start_method("spawn")
+"""
+SET = "glyphs-5w1s"
+STAGES = [
+    f"tasks {SET}", f"train {KEY}", f"test {KEY} {SET}",
+    f"cell runs/{KEY}/tests/{SET}/metrics.json results/cells/quickstart/{KEY}-on-{SET}.json",
+]
+
+
+def windows_language(folder) -> dict:
+    "Variables of a language in cp1252, as Windows has in much of the world; ASCII where it can't be made."
+    made = ["localedef", "-i", "en_US", "-f", "CP1252", folder / "en_US.CP1252"]
+    if not shutil.which(made[0]) or subprocess.run(made, capture_output=True).returncode: return ASCII
+    return ASCII | {"LOCPATH": str(folder), "LC_ALL": "en_US.CP1252"}
+
+
+def test_the_quickstart_without_what_windows_lacks(glyphs, tmp_path):
+    "Each stage of one of its runs, the training in a kernel that lacks the same."
+    (tmp_path / "sitecustomize.py").write_text(NOT_ON_WINDOWS)
+    given = windows_language(tmp_path) | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{glyphs}"}
+    try:
+        for stage in STAGES: call("stanet", *stage.split(), cwd=glyphs, **given)
+    finally: shutil.rmtree(glyphs / "scratch", ignore_errors=True)
+    made = {p.name for p in (glyphs / "runs" / KEY).iterdir()}
+    assert made == {"card.json", "history.csv", "model.safetensors", "tests", "train.ipynb"}
