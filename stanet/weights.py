@@ -209,7 +209,7 @@ def as_batch(
     mode, pixels = {1: "L", 3: "RGB"}[channels], []
     for i, picture in enumerate(pictures):
         try: pixels.append(prepare(picture, size, mode))
-        except (ValueError, AttributeError, OSError) as error:
+        except Exception as error:  # a broken picture may raise anything
             advice = "give PIL images of 8 bits a channel, such as Image.open(path)"
             raise ValueError(f"picture {i}: {in_one_line(error)}; {advice}") from None
     return batch_of(pixels)
