@@ -169,7 +169,9 @@ def fetch(key: str) -> Path:
 # %% ../nbs/10_weights.ipynb #937317eb
 def _near(key, names) -> str:
     near = difflib.get_close_matches(str(key), list(names), 1)
-    return f"; do you mean {near[0]}?" if near else f"; there are {', '.join(names)}"
+    if near: return f"; do you mean {near[0]}?"
+    here = [name for name in names if (SHIPPED / f"{name}.safetensors").is_file()]
+    return f"; the package has {', '.join(here)}, and fetches {len(names) - len(here)} more"
 
 def weights_path(key) -> Path:
     """The file of the run `key`, in a clone or published, or the file `key` itself.
