@@ -141,7 +141,8 @@ _HEAD = """<!DOCTYPE html>
 </head>
 <body>
 <h1>{title}</h1>
-<p>By the network {key}, from {n_examples} examples of {n_classes} classes. The bars are probabilities.</p>
+<p>By the network {key}, from {n_examples} examples of {n_classes} classes. The bars are probabilities.
+Small pictures, where the method attends, show where each layer looked, and which example counted most.</p>
 """
 
 class Page:

@@ -7,7 +7,7 @@ __all__ = ['app', 'data_app', 'weights_app', 'some', 'problems_with', 'repeat_no
            'data_download', 'packs_listed', 'data_verify', 'data_push', 'data_pull', 'data_list', 'weights_push',
            'weights_pull', 'check', 'fingerprints', 'equivalent', 'glyphs', 'tasks', 'train_command', 'fit_command',
            'campaign_command', 'test_command', 'report', 'cell_command', 'with_results', 'bench_command', 'readme',
-           'export_command', 'main']
+           'main']
 
 # %% ../nbs/20_cli.ipynb #a2a4b24e
 import hashlib, os, re, sys, tempfile, time
@@ -492,11 +492,13 @@ def cell_command(source: _Source, target: _Target):
     copy_cell(source, target)
 
 # %% ../nbs/20_cli.ipynb #c41e0b92
-def _add_predict():
+def _add_light():
     from stanet.answers import predict_command
+    from stanet.export import export_command
     app.command("predict")(predict_command)
+    app.command("export")(export_command)
 
-_add_predict()
+_add_light()
 
 # %% ../nbs/20_cli.ipynb #0212ba9a
 _SHOWN = re.compile(r"(<!-- results: (\w+) -->)\n.*?<!-- end -->", re.DOTALL)
@@ -524,19 +526,6 @@ def readme():
     path = root() / "README.md"
     text = with_results(path.read_text(encoding="utf-8"), root() / "results")
     with atomic(path) as temporary: temporary.write_text(text, encoding="utf-8")
-
-# %% ../nbs/20_cli.ipynb #43c903c1
-@app.command("export")
-def export_command(
-    key: Annotated[str, typer.Argument(help="a run with stored weights, or their file")],
-    file: Annotated[Path, typer.Argument(help="the ONNX file to write")],
-):
-    """Write the network of the run KEY as the ONNX file FILE.
-
-    It takes support pictures, labels and queries, and gives the probabilities of `predict`."""
-    from stanet.export import to_onnx
-    from stanet.weights import from_pretrained
-    print(to_onnx(from_pretrained(key), file))
 
 # %% ../nbs/20_cli.ipynb #6004beed
 _OF_USERS = (ValueError, OSError, ArithmeticError, SyntaxError)  # errors that a user can cause

@@ -8,18 +8,21 @@ __all__ = ['start']
 # %% ../nbs/project/reliability.ipynb #32a60c0b
 def start():
     """The `stanet` command from its first moment on: Ctrl-C while torch is imported ends it without a word,
-    as nothing has been begun. `stanet predict` and `stanet cell` begin without what trainings import, and
+    as nothing has been begun. `stanet predict`, `export` and `cell` begin without what trainings import, and
     without the packages of the pipeline one line says how to get them."""
     import signal, sys
     from stanet.machines import cell_main, settle
     usual = signal.signal(signal.SIGINT, signal.SIG_DFL)
     settle()
-    if sys.argv[1:2] == ["cell"] and "--help" not in sys.argv: return cell_main(sys.argv[2:])
+    command = sys.argv[1] if len(sys.argv) > 1 else ""
+    if command == "cell" and "--help" not in sys.argv: return cell_main(sys.argv[2:])
     try:
-        if sys.argv[1:2] == ["predict"]: from stanet.answers import main
+        if command == "export": import stanet.export  # joins the commands of `answers`
+        if command in ("predict", "export"): from stanet.answers import main
         else: from stanet.cli import main
     except ModuleNotFoundError as error:
         if error.name.startswith("stanet"): raise
-        sys.exit(f"stanet: this command needs {error.name}; `pip install 'stanet[pipeline]'` gets it")
+        how = "`pip install 'stanet[pipeline]'` gets it, `stanet predict` and `stanet export` work without"
+        sys.exit(f"stanet: this needs {error.name}; {how}")
     signal.signal(signal.SIGINT, usual)
     main()

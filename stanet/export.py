@@ -4,23 +4,25 @@
 
 # %% auto #0
 __all__ = ['MAPS', 'INPUTS', 'OPSET', 'TOLERANCE', 'stacked', 'Predictor', 'one_hot', 'pairs_of', 'Traceable', 'only_shot',
-           'need', 'session', 'answers', 'difference', 'Exported', 'to_onnx']
+           'need', 'session', 'answers', 'difference', 'Exported', 'to_onnx', 'export_command']
 
 # %% ../nbs/23_export.ipynb #6ebe4967
 import copy, json, logging, warnings
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+import typer
 from PIL import Image
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from .answers import app
 from .method import Method
 from .packs import atomic, in_one_line
-from .weights import labelled_softmax
+from .weights import from_pretrained, labelled_softmax
 
 # %% ../nbs/23_export.ipynb #c8602a8b
 MAPS = ("on_support", "on_query", "on_task")
@@ -232,3 +234,15 @@ def to_onnx(net: Method, path) -> Exported:
             raise ValueError(f"{path}: not kept, as it answers by {found:.1e} otherwise than predict")
     ends = [*opened.get_inputs(), *opened.get_outputs()]
     return Exported(path, {end.name: tuple(end.shape) for end in ends}, found, only, net.shot)
+
+# %% ../nbs/23_export.ipynb #179c4d43
+def export_command(
+    key: Annotated[str, typer.Argument(help="a run with stored weights, or their file")],
+    file: Annotated[Path, typer.Argument(help="the ONNX file to write")],
+):
+    """Write the network of the run KEY as the ONNX file FILE.
+
+    It takes support pictures, labels and queries, and gives the probabilities of `predict`."""
+    print(to_onnx(from_pretrained(key), file))
+
+app.command("export")(export_command)

@@ -16,10 +16,10 @@ from .weights import load_network, save_network
 # %% ../nbs/24_hub.ipynb #750df01a
 LICENCE = "MIT"
 DATA = {  # pack -> what it is, and the terms of its pictures
-    "omniglot": "Omniglot (MIT licence)",
-    "cifar100": "CIFAR-100 (published without a licence)",
-    "mini": "mini-ImageNet (ImageNet's terms: research and teaching)",
-    "clipart": "Open Clipart (public domain)",
+    "omniglot": "Omniglot (MIT licence in its authors' repository)",
+    "cifar100": "CIFAR-100 (for its terms see its authors' page)",
+    "mini": "mini-ImageNet (ImageNet's terms of access: non-commercial research and education)",
+    "clipart": "Open Clipart (given to the public domain, as its site says)",
 }
 
 def _accuracies(folder: Path) -> dict:  # test -> accuracy and interval in percent, of the run in `folder`
@@ -68,7 +68,7 @@ def card_text(net: Method, where: str = "FOLDER") -> str:
     if known: lines.append(f"- data: {known['data']}")
     for test, value in known.get("accuracy", {}).items():
         lines.append(f"- accuracy on the unseen classes of `{test}`: {value} %")
-    lines.append(f"- licence of the weights: {LICENCE}")
+    lines.append(f"- licence of the file: {LICENCE}, as the code; the data have the terms named above")
     return "\n".join(lines) + "\n\n" + _USE.format(where=where) + "\n"
 
 class Pretrained(ModelHubMixin, library_name="stanet"):

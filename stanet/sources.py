@@ -21,8 +21,15 @@ from tqdm import tqdm
 from .packs import Pack, in_one_line, pack_digest
 
 # %% ../nbs/02_sources.ipynb #cb0648cb
-def _upright(image: Image.Image, mode: str) -> Image.Image:
+def _check(image: Image.Image):  # before anything is decoded
     if image.mode[0] in "IF": raise ValueError(f"{image.mode} is more than 8 bits a channel")
+    (width, height), limit = image.size, Image.MAX_IMAGE_PIXELS
+    if width == 0 or height == 0: raise ValueError(f"{width} by {height} pixels: it is empty")
+    if limit is None or width * height <= limit: return
+    raise ValueError(f"{width:,} by {height:,} pixels are more than Pillow's limit of {limit:,} in all")
+
+def _upright(image: Image.Image, mode: str) -> Image.Image:
+    _check(image)
     image = ImageOps.exif_transpose(image)
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
@@ -36,7 +43,7 @@ def prepare(
 ) -> np.ndarray:  # uint8 (size, size, c)
     """The pixels of a picture: upright, on white, resized with Lanczos resampling if it has another size.
 
-    More than 8 bits a channel raise a `ValueError`."""
+    More than 8 bits a channel, no pixels, or more than Pillow's limit of 89 million raise a `ValueError`."""
     image = _upright(image, mode)
     if image.size != (size, size): image = image.resize((size, size), Image.Resampling.LANCZOS)
     return np.asarray(image).reshape(size, size, -1)

@@ -169,7 +169,9 @@ def fetch(key: str) -> Path:
 # %% ../nbs/10_weights.ipynb #937317eb
 def _near(key, names) -> str:
     near = difflib.get_close_matches(str(key), list(names), 1)
-    return f"; do you mean {near[0]}?" if near else f"; there are {', '.join(names)}"
+    if near: return f"; do you mean {near[0]}?"
+    here = [name for name in names if (SHIPPED / f"{name}.safetensors").is_file()]
+    return f"; the package has {', '.join(here)}, and fetches {len(names) - len(here)} more"
 
 def weights_path(key) -> Path:
     """The file of the run `key`, in a clone or published, or the file `key` itself.
@@ -209,7 +211,7 @@ def as_batch(
     mode, pixels = {1: "L", 3: "RGB"}[channels], []
     for i, picture in enumerate(pictures):
         try: pixels.append(prepare(picture, size, mode))
-        except (ValueError, AttributeError, OSError) as error:
+        except Exception as error:  # a broken picture may raise anything
             advice = "give PIL images of 8 bits a channel, such as Image.open(path)"
             raise ValueError(f"picture {i}: {in_one_line(error)}; {advice}") from None
     return batch_of(pixels)

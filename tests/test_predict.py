@@ -105,6 +105,28 @@ def test_network_is_as_it_was(net):
     finally: net.eval()
 
 
+def test_network_may_be_on_another_device():
+    "The meta device stands for a GPU: whatever is left on the processor doesn't fit to it."
+    pictures = [drawing(i) for i in range(6)]
+    found = from_pretrained(KEY).to("meta").predict(pictures[:5], range(5), pictures)
+    assert (found.device.type, found.shape) == ("meta", (6, 5))
+
+
+def test_queries_go_through_in_batches(net, monkeypatch):
+    "So memory doesn't grow with their number."
+    embedded, embed = [], net.embed
+    def noted(images):
+        embedded.append(len(images))
+        return embed(images)
+    monkeypatch.setattr(net, "embed", noted)
+    pictures = [drawing(i) for i in range(5)]
+    assert len(predict(net, pictures, range(5), pictures[:1] * 70, batch=32)) == 70
+    assert embedded == [5, 32, 32, 6]
+    classifier = Classifier(net, batch=4).fit(pictures, NAMES)
+    assert len(classifier.predict_proba(pictures[:1] * 9)) == 9
+    assert max(embedded[4:]) == 4
+
+
 def test_all_numberings_together_do_not_hang_on_the_first(net):
     pictures, queries = [drawing(i) for i in range(5)], [drawing(5), Image.effect_noise((40, 40), 90)]
     one, all_five = (Classifier(net, numberings=n).fit(pictures, "abcde") for n in (1, 5))

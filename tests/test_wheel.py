@@ -98,3 +98,12 @@ def test_commands_of_the_pipeline_say_what_is_missing(python, empty):
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert "pip install 'stanet[pipeline]'" in done.stderr
+
+
+def test_export_needs_nothing_of_the_pipeline(python, empty):
+    "Without the extra `onnx`, which is named, and for a key that isn't there, it is one line."
+    for key, says in ((SMALL, "pip install 'stanet[onnx]'"), ("no-such-run", "no weights for 'no-such-run'")):
+        command = [python.parent / "stanet", "export", key, "net.onnx"]
+        done = subprocess.run(command, cwd=empty, capture_output=True, text=True)
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+        assert says in done.stderr
