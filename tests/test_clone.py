@@ -157,3 +157,15 @@ def test_readme_shows_the_measured_tables(project):
     run("stanet", "readme", cwd=project)
     assert run("git", "status", "--porcelain", "README.md", cwd=project).stdout == ""
     assert (ROOT / "results" / "table4.md").read_text().strip() in (ROOT / "README.md").read_text()
+
+
+def test_the_container_does_what_make_does():
+    "The Dockerfile's targets are the Makefile's, and what it leaves out is nothing that git has."
+    steps = (ROOT / "Dockerfile").read_text()
+    targets = [*re.findall(r"RUN make (\w+)", steps), *re.findall(r'CMD \["make", "(\w+)"\]', steps)]
+    assert targets == ["env", "test", "quickstart"]
+    for target in targets: run("make", "--dry-run", target, cwd=ROOT)
+    lines = (ROOT / ".dockerignore").read_text().splitlines()[1:]
+    assert len(lines) > 5
+    assert run("git", "ls-files", *[f":(glob){line}" for line in lines], cwd=ROOT).stdout == ""
+    assert run("git", "ls-files", "requirements.lock", "binder/postBuild", cwd=ROOT).stdout.count("\n") == 2
