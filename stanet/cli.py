@@ -20,7 +20,6 @@ from safetensors import SafetensorError
 from .episodes import tasks_digest
 from .experiment import execute, fit, load_data, note_digest, run_test, take_up, task_set
 from .fingerprints import write_generated
-from .machines import copy_cell
 from .packs import Pack, atomic, load_pack, lookalikes, pack_digest, repeats, save_pack, twins
 from .parameters import TaskSet, Test, changed_run, data_folder, find_run, idle_networks, load_params
 from .parameters import pack_path, root, shown_path
@@ -489,6 +488,7 @@ _Target = Annotated[Path, typer.Argument(help="its place in a report", metavar="
 @app.command("cell")
 def cell_command(source: _Source, target: _Target):
     "Copy the metrics of a test to its place in a report."
+    from stanet.machines import copy_cell
     copy_cell(source, target)
 
 # %% ../nbs/20_cli.ipynb #c41e0b92
