@@ -334,20 +334,20 @@ def _with_weights() -> list:
 @weights_app.command("push")
 def weights_push(url: _Url, keys: _Keys = None):
     "Send the weights of the runs KEYS, or all that are here, to URL."
-    from stanet.sharing import move_packs, push_weights
+    from stanet.sharing import move_each, place_of, push_weights
     keys = keys or _with_weights()
     if not keys: raise ValueError(f"no runs/*/model.safetensors in {root()}; `stanet train KEY` makes one")
     with interruptible(f"stanet weights push {url}"):
-        _tell(move_packs(push_weights, keys, root(), url, {}), "weights")
+        _tell(move_each(push_weights, keys, root(), place_of(url)), "weights")
 
 @weights_app.command("pull")
 def weights_pull(url: _Url, keys: _Keys = None):
     "Fetch the weights of the runs KEYS, or all that are missing, from URL, and compare them with the cards."
-    from stanet.sharing import move_packs, pull_weights, without_weights
+    from stanet.sharing import move_each, place_of, pull_weights, without_weights
     keys = keys or without_weights(root())
     if not keys: return print("nothing is missing: every card has its weights")
     with interruptible(f"stanet weights pull {url}"):
-        _tell(move_packs(pull_weights, keys, root(), url, {}), "weights")
+        _tell(move_each(pull_weights, keys, root(), place_of(url)), "weights")
 
 # %% ../nbs/20_cli.ipynb #ad412f0e
 @app.command()

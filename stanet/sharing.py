@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'TAIL', 'Place', 'place_of', 'arrived', 'write_rest', 'md5_of', 'bring', 'push_pack', 'pull_pack', 'packs_at',
-           'move_packs', 'Runs', 'runs_of', 'without_weights', 'check_weights', 'push_weights', 'pull_weights']
+           'move_each', 'move_packs', 'Runs', 'runs_of', 'without_weights', 'check_weights', 'push_weights',
+           'pull_weights']
 
 # %% ../nbs/project/sharing.ipynb #779a9542
 import hashlib, shutil
@@ -163,6 +164,16 @@ def packs_at(place: Place) -> list:
     files = [path.rsplit("/", 1)[-1] for path in paths]
     return sorted(f.removesuffix(".safetensors") for f in files if f.endswith(".safetensors"))
 
+def move_each(
+    move,          # called with each name
+    names: list,
+    *given,        # what it is called with besides
+):  # yields a line for each name, and whether it is in order
+    "Move one after the other; what goes wrong with one is its line, and the others are still moved."
+    for name in names:
+        try: yield _asked(move, name, *given), True
+        except ValueError as error: yield str(error), False
+
 def move_packs(
     move,          # push_pack or pull_pack
     names: list,   # of packs; none for all
@@ -174,9 +185,7 @@ def move_packs(
     there = place_of(url)
     wanted = names or _asked(packs_at, _local(folder) if move is push_pack else there)
     if not wanted: raise ValueError(f"{folder if move is push_pack else url}: no packs there")
-    for name in wanted:
-        try: yield _asked(move, name, folder, there, listed), True
-        except ValueError as error: yield str(error), False
+    yield from move_each(move, wanted, folder, there, listed)
 
 def _asked(ask, *arguments):  # an answer, or its error in one line
     try: return ask(*arguments)
@@ -220,7 +229,6 @@ def push_weights(
     key: str,       # of a run
     project,        # folder of the project
     there: Place,   # where its weights are sent
-    _: dict = {},   # what a move of packs needs
 ) -> str:           # what was done
     "Send the weights of a run. Others than those of its card, or than those there, raise a `ValueError`."
     here, file = runs_of(project), f"{key}.safetensors"
@@ -238,7 +246,6 @@ def pull_weights(
     key: str,       # of a run
     project,        # folder of the project
     there: Place,   # where its weights are
-    _: dict = {},   # what a move of packs needs
 ) -> str:           # what was done
     "Fetch the weights of a run. Others than those of its card, or none there, raise a `ValueError`."
     here, file = runs_of(project), f"{key}.safetensors"
