@@ -7,7 +7,7 @@ __all__ = ['GRACE', 'PLACES_ON_GPU', 'BEGIN', 'progress_of', 'chosen_runs', 'pla
            'copy_states', 'campaign']
 
 # %% ../nbs/project/campaign.ipynb #ca3b0003
-import os, shutil, signal, subprocess, sys, tempfile, time
+import os, shutil, subprocess, sys, tempfile, time
 from pathlib import Path
 import pandas as pd
 import torch
@@ -64,8 +64,13 @@ def places() -> int:
 
 # %% ../nbs/project/campaign.ipynb #ca3b0016
 BEGIN = """
-import signal  # a process in the background of a script begins with Ctrl-C ignored
+import _thread, os, signal, threading
+# a process in the background of a script begins with Ctrl-C ignored
 signal.signal(signal.SIGINT, signal.default_int_handler)
+def stop_when_closed():
+    os.read(0, 1)
+    _thread.interrupt_main()
+threading.Thread(target=stop_when_closed, daemon=True).start()
 from stanet.cli import main
 main()"""
 
@@ -81,9 +86,11 @@ class Training:
         self.process = subprocess.Popen(
             command,
             env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+            stdin=subprocess.PIPE,  # closed, it stops the training
             stdout=self.log,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # a Ctrl-C of the campaign is passed on by it, once
+            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # the same on Windows
         )
 
     def running(self) -> bool:
@@ -93,7 +100,7 @@ class Training:
     def stop(self):
         "Ask it to write its state and end."
         self.stopped = True
-        if self.running(): self.process.send_signal(signal.SIGINT)
+        self.process.stdin.close()
 
     def end(self, grace: float = GRACE):  # seconds
         "Wait for its end; kill it after the grace."
