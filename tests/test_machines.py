@@ -184,7 +184,7 @@ def import_toy(folder, pictures, **variables):
 
 
 def test_an_experiment_of_dvc_finds_the_shared_packs(project, tmp_path):
-    "In a folder of its own, without the ignored files; and a value that would change nothing is refused."
+    "Without the ignored files; few columns show it; and a value that would change nothing is refused."
     packs = {"STANET_DATA": str(tmp_path / "packs")}
     import_toy(project, tmp_path / "pictures", **packs)
     assert not (project / "data").exists()
@@ -195,8 +195,11 @@ def test_an_experiment_of_dvc_finds_the_shared_packs(project, tmp_path):
     run("git", "add", "-A", cwd=project)
     run("git", *someone, "commit", "-q", "-m", "toy", cwd=project)
     begin = ("dvc", "exp", "run", "--temp", "--single-item", "--force")
-    said = call(*begin, "tasks@toy-2w1s", cwd=project, **packs)
+    said = call(*begin, "-S", "task_sets.toy-2w1s.n=8", "tasks@toy-2w1s", cwd=project, **packs)
     assert "Ran experiment" in said.stdout
+    shown = call("make", "-o", "env", f"BIN={BIN}", "experiments", "ARGS=--csv", cwd=project).stdout
+    columns = shown[shown.index("Experiment,"):].splitlines()[0].split(",")
+    assert "task_sets.toy-2w1s.n" in columns and len(columns) < 40
     change = ("-S", "networks.glyphs.layers=1", "fingerprints")
     refused = call("dvc", "exp", "run", "--single-item", *change, cwd=project, check=False, **packs)
     assert refused.returncode
