@@ -6,7 +6,7 @@
 and fails unless S = K and W = 0.
 To try another kind of file, add a `Format` to FORMATS: a name, a function that makes the bytes of a sound
 file, and one that reads a file and returns a digest of its content."""
-import argparse, copy, io, json, os, pickle, random, re, resource
+import argparse, copy, errno, io, itertools, json, locale, os, pickle, random, re, resource
 import shutil, signal, sys, tempfile, time, zipfile
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -90,6 +90,11 @@ def half_written(handle):
     die()
 
 
+def no_room(*_):
+    "What a full disk says."
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def writes(name): return lambda handle, *_: Path(name_of(handle)).name.startswith(name)
 def moves(name): return lambda source, *_: Path(source).name.startswith(name)
 
@@ -102,6 +107,7 @@ POINTS = {
     "adding to the history": lambda n: before(training.State, "close_window", n, after=True),
     "collecting a state": lambda n: before(training.State, "tensors", n, after=True),
     "writing a state": lambda n: before(os, "fsync", n, half_written, writes("step-")),
+    "no room for a state": lambda n: before(os, "fsync", n, no_room, writes("step-")),
     "renaming a state": lambda n: before(os, "replace", n, die, moves("step-")),
     "removing an old state": lambda n: before(Path, "unlink", n, die, moves("step-")),
     "a state just written": lambda n: before(os, "replace", n, die, moves("step-"), after=True),
@@ -115,14 +121,54 @@ POINTS = {
 for file in (Path(f).name for f in FILES):
     POINTS[f"writing {file}"] = lambda n, f=file: before(os, "fsync", 1, half_written, writes(f))
     POINTS[f"{file} just written"] = lambda n, f=file: before(os, "replace", 1, die, moves(f), after=True)
+    POINTS[f"no room for {file}"] = lambda n, f=file: before(os, "fsync", 1, no_room, writes(f))
 ANY = "any moment"
 
 
-def spawn(folder: Path, point=None, nth=1) -> int:
+def without_home():
+    "A home folder that doesn't exist."
+    for name in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME"): os.environ.pop(name, None)
+    os.environ["HOME"] = "/nowhere"
+
+
+def long_temporary():
+    "A folder for temporary files whose name is longer than a socket's may be."
+    folder = Path(tempfile.mkdtemp(prefix="é" * 30)) / ("temporary files " * 6)
+    folder.mkdir()
+    os.environ["TMPDIR"] = str(folder)
+    tempfile.tempdir = None
+
+
+def settings_of_accelerate():
+    "What a user of Accelerate may have set for other trainings."
+    prefix = "ACCELERATE_"
+    others = {"MIXED_PRECISION": "bf16", "GRADIENT_ACCUMULATION_STEPS": "4", "DYNAMO_BACKEND": "inductor"}
+    os.environ.update({prefix + name: value for name, value in others.items()})
+
+
+def for_nobody_else(): os.umask(0o077)
+def language_of_c(): locale.setlocale(locale.LC_ALL, "C")
+def seed_of_a_user(): np.random.seed(int(time.time())), torch.manual_seed(int(time.time()))
+
+
+SURROUNDINGS = {  # what may differ between the process that was killed and the one that goes on
+    "as usual": lambda: None,
+    "no home folder": without_home,
+    "a long folder for temporary files": long_temporary,
+    "Accelerate's variables": settings_of_accelerate,
+    "files for nobody else": for_nobody_else,
+    "another language": language_of_c,
+    "other seeds of numpy and torch": seed_of_a_user,
+}
+MOVED, TWICE = "a moved folder", "two at once"
+
+
+def spawn(folder: Path, point=None, nth=1, where="as usual") -> int:
     "Fork a process that does the whole run in `folder`, to be killed at `point`; returns its id."
     if (pid := os.fork()): return pid
     try:
         os.chdir(folder)
+        SURROUNDINGS[where]()
         log = os.open(folder.parent / f"{folder.name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
@@ -171,16 +217,25 @@ def not_survived(killed, folder, expected, said) -> str:
 
 
 def kill_once(folder: Path, point: str, nth: int, moment: float) -> bool:
-    "Start the run, and kill it at `point` or after `moment` seconds; returns whether it was running."
+    "Start the run, and kill it at `point` or after `moment` seconds; returns whether it didn't come to its end."
     pid = spawn(folder, None if point == ANY else point, nth)
     if point == ANY:
         time.sleep(moment)
         os.kill(pid, signal.SIGKILL)  # the process is still ours, also when it has ended
-    return ended(pid) == -signal.SIGKILL
+    return ended(pid) != 0
 
 
-def kills(n: int, dice: random.Random, work: Path, say=print) -> Count:
-    "Kill a small run `n` times, up to three times in a row, and compare it with an uninterrupted one."
+def gone_on(folder: Path, where: str) -> tuple[Path, bool]:
+    "Start a killed run again in other surroundings: where it is now, and whether it came to its end."
+    if where == MOVED: folder = folder.rename(folder.with_name("killed, then moved to ü"))
+    pids = [spawn(folder, where=where if where in SURROUNDINGS else "as usual")]
+    if where == TWICE: pids.append(spawn(folder))  # one of the two may be refused: the other is at work
+    return folder, 0 in [ended(pid) for pid in pids]
+
+
+def kills(n: int, dice: random.Random, work: Path, say=print) -> tuple[Count, Count]:
+    """Kill a small run `n` times, up to three times in a row, let it go on in other surroundings, and compare
+    it with an uninterrupted one. Counts by point, and by surroundings."""
     count = Count()
     make_project(work / "fresh")
     shutil.copytree(work / "fresh", work / "whole")
@@ -189,19 +244,24 @@ def kills(n: int, dice: random.Random, work: Path, say=print) -> Count:
     length, expected = time.perf_counter() - clock, results(work / "whole")
     assert None not in expected.values() and not left_over(work / "whole"), left_over(work / "whole")
     everywhere, order = [*POINTS, *[ANY] * (len(POINTS) // 3)], []
+    places, elsewhere = itertools.cycle([*SURROUNDINGS, MOVED, TWICE]), Count()
     while count.total("kills") < n:
         folder, killed = work / "killed", []
-        shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(work / "fresh", folder)
-        (work / "killed.log").unlink(missing_ok=True)
         for _ in range(min(dice.choice((1, 1, 2, 2, 3)), n - count.total("kills"))):
             if not order: order = dice.sample(everywhere, len(everywhere))
             point = order.pop()
             if kill_once(folder, point, dice.randint(1, 6), dice.random() * length): killed.append(point)
-        good = ended(spawn(folder)) == 0 and results(folder) == expected and not left_over(folder)
-        if not good: say(not_survived(killed, folder, expected, (work / "killed.log").read_text()[-1500:]))
+        where = next(places)
+        folder, done = gone_on(folder, where)
+        good = done and results(folder) == expected and not left_over(folder)
+        said = "".join(log.read_text() for log in work.glob("killed*.log"))
+        if not good: say(not_survived([*killed, where], folder, expected, said[-1500:]))
         for point in killed: count.add(point, kills=1, survived=int(good))
-    return count
+        elsewhere.add(where, runs=1, survived=int(good))
+        shutil.rmtree(folder)
+        for log in work.glob("killed*.log"): log.unlink()
+    return count, elsewhere
 
 
 def kill_repro(process, dice: random.Random, length: float) -> bool:
@@ -217,6 +277,10 @@ def kill_repro(process, dice: random.Random, length: float) -> bool:
     return True
 
 
+PACK = b"not what data.dvc lists"
+def pack_of(folder): return folder / "data" / "omniglot.safetensors"
+
+
 def pipeline_kills(n: int, dice: random.Random, work: Path, say=print) -> Count:
     "Kill a real `dvc repro` of a small run and its test `n` times, and compare."
     import subprocess
@@ -224,6 +288,9 @@ def pipeline_kills(n: int, dice: random.Random, work: Path, say=print) -> Count:
     count, name, fresh = Count(), "`dvc repro` at any moment", clone(work / "pipeline")
     edit_params(fresh, small)
     run("dvc", "repro", "glyphs", f"tasks@{TEST.task_set}", cwd=fresh)
+    pack_of(fresh).parent.mkdir(exist_ok=True)
+    pack_of(fresh).write_bytes(PACK)
+    between = itertools.cycle([(), ("checkout", "--force"), ("gc", "-w", "-f")])
     def env(folder):
         paths = {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(folder)}
         return os.environ | paths | {"DVC_NO_ANALYTICS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
@@ -247,12 +314,15 @@ def pipeline_kills(n: int, dice: random.Random, work: Path, say=print) -> Count:
         if not kill_repro(process, dice, length):
             process.communicate()
             continue
+        tidy = next(between)
+        if tidy: run("dvc", *tidy, cwd=folder)
         again = repro(folder)
         said = again.communicate()[0]
-        good = again.returncode == 0 and results(folder) == expected
+        good = again.returncode == 0 and results(folder) == expected and pack_of(folder).read_bytes() == PACK
         good = good and status(folder) == files and not left_over(folder)
-        if not good: say(not_survived([name], folder, expected, said[-2000:]))
-        count.add(name, kills=1, survived=int(good))
+        point = f"`dvc repro` at any moment, then `dvc {' '.join(tidy)}`" if tidy else name
+        if not good: say(not_survived([point], folder, expected, said[-2000:]))
+        count.add(point, kills=1, survived=int(good))
     return count
 
 
@@ -742,9 +812,9 @@ def summary_of(killed: Count, files: Count) -> str:
 
 def main():
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--kills", type=int, default=60, help="kills of small runs")
+    options.add_argument("--kills", type=int, default=100, help="kills of small runs")
     options.add_argument("--pipeline", type=int, default=8, help="kills of a real `dvc repro` beside them")
-    options.add_argument("--inputs", type=int, default=2500, help="changed files")
+    options.add_argument("--inputs", type=int, default=10000, help="changed files")
     options.add_argument("--seed", type=int, default=0)
     where = "where to write the counts; results/faults.json for at least 50 kills and 2,000 inputs"
     options.add_argument("--output", type=Path, help=where)
@@ -754,7 +824,7 @@ def main():
     os.chdir(ROOT)
     files = inputs(o.inputs, random.Random(o.seed), work)
     print(f"inputs: {dict(files)}", flush=True)
-    killed = kills(o.kills, random.Random(o.seed), work) if o.kills else Count()
+    killed, elsewhere = kills(o.kills, random.Random(o.seed), work) if o.kills else (Count(), Count())
     print(f"kills: {dict(killed)}", flush=True)
     if o.pipeline: killed |= pipeline_kills(o.pipeline, random.Random(o.seed), work)
     killed = Count(sorted(killed.items()))
@@ -764,7 +834,7 @@ def main():
     output = o.output or (ROOT / "results" / "faults.json" if whole else None)
     if output:
         about = {"summary": summary, "seed": o.seed, "seconds": round(time.perf_counter() - clock)}
-        about |= runtime.describe_device() | {"kills": killed, "inputs": files}
+        about |= runtime.describe_device() | {"kills": killed, "surroundings": elsewhere, "inputs": files}
         with packs.atomic(output) as temporary: temporary.write_text(json.dumps(about, indent=1) + "\n")
     if good: shutil.rmtree(work)
     print(summary, flush=True)
