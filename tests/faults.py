@@ -133,7 +133,7 @@ def without_home():
 
 def long_temporary():
     "A folder for temporary files whose name is longer than a socket's may be."
-    folder = Path(tempfile.mkdtemp(prefix="é" * 30)) / ("temporary files " * 6)
+    folder = Path(tempfile.mkdtemp(prefix="é" * 30, dir="..")).resolve() / ("temporary files " * 6)
     folder.mkdir()
     os.environ["TMPDIR"] = str(folder)
     tempfile.tempdir = None
@@ -217,7 +217,7 @@ def not_survived(killed, folder, expected, said) -> str:
 
 
 def kill_once(folder: Path, point: str, nth: int, moment: float) -> bool:
-    "Start the run, and kill it at `point` or after `moment` seconds; returns whether it didn't come to its end."
+    "Start the run, and kill it at `point` or after `moment` seconds; returns whether it ended early."
     pid = spawn(folder, None if point == ANY else point, nth)
     if point == ANY:
         time.sleep(moment)
