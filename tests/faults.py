@@ -277,8 +277,9 @@ def kill_repro(process, dice: random.Random, length: float) -> bool:
     return True
 
 
-PACK = b"not what data.dvc lists"
-def pack_of(folder): return folder / "data" / "omniglot.safetensors"
+PACK = b"a pack of somebody"
+
+def pack_of(folder): return folder / "data" / "own.safetensors"
 
 
 def pipeline_kills(n: int, dice: random.Random, work: Path, say=print) -> Count:
