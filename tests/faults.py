@@ -813,9 +813,9 @@ def summary_of(killed: Count, files: Count) -> str:
 
 def main():
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--kills", type=int, default=100, help="kills of small runs")
+    options.add_argument("--kills", type=int, default=60, help="kills of small runs")
     options.add_argument("--pipeline", type=int, default=8, help="kills of a real `dvc repro` beside them")
-    options.add_argument("--inputs", type=int, default=10000, help="changed files")
+    options.add_argument("--inputs", type=int, default=2500, help="changed files")
     options.add_argument("--seed", type=int, default=0)
     where = "where to write the counts; results/faults.json for at least 50 kills and 2,000 inputs"
     options.add_argument("--output", type=Path, help=where)
