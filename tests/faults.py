@@ -90,6 +90,9 @@ def half_written(handle):
     die()
 
 
+NO_ROOM = "no room for"
+
+
 def no_room(*_):
     "What a full disk says."
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -107,7 +110,7 @@ POINTS = {
     "adding to the history": lambda n: before(training.State, "close_window", n, after=True),
     "collecting a state": lambda n: before(training.State, "tensors", n, after=True),
     "writing a state": lambda n: before(os, "fsync", n, half_written, writes("step-")),
-    "no room for a state": lambda n: before(os, "fsync", n, no_room, writes("step-")),
+    f"{NO_ROOM} a state": lambda n: before(os, "fsync", n, no_room, writes("step-")),
     "renaming a state": lambda n: before(os, "replace", n, die, moves("step-")),
     "removing an old state": lambda n: before(Path, "unlink", n, die, moves("step-")),
     "a state just written": lambda n: before(os, "replace", n, die, moves("step-"), after=True),
@@ -121,7 +124,7 @@ POINTS = {
 for file in (Path(f).name for f in FILES):
     POINTS[f"writing {file}"] = lambda n, f=file: before(os, "fsync", 1, half_written, writes(f))
     POINTS[f"{file} just written"] = lambda n, f=file: before(os, "replace", 1, die, moves(f), after=True)
-    POINTS[f"no room for {file}"] = lambda n, f=file: before(os, "fsync", 1, no_room, writes(f))
+    POINTS[f"{NO_ROOM} {file}"] = lambda n, f=file: before(os, "fsync", 1, no_room, writes(f))
 ANY = "any moment"
 
 
@@ -139,26 +142,22 @@ def long_temporary():
     tempfile.tempdir = None
 
 
-def settings_of_accelerate():
-    "What a user of Accelerate may have set for other trainings."
-    prefix = "ACCELERATE_"
-    others = {"MIXED_PRECISION": "bf16", "GRADIENT_ACCUMULATION_STEPS": "4", "DYNAMO_BACKEND": "inductor"}
-    os.environ.update({prefix + name: value for name, value in others.items()})
+def seeds_of_a_user():
+    np.random.seed(time.time_ns() % 2 ** 32)
+    torch.manual_seed(time.time_ns())
 
 
 def for_nobody_else(): os.umask(0o077)
 def language_of_c(): locale.setlocale(locale.LC_ALL, "C")
-def seed_of_a_user(): np.random.seed(int(time.time())), torch.manual_seed(int(time.time()))
 
 
 SURROUNDINGS = {  # what may differ between the process that was killed and the one that goes on
     "as usual": lambda: None,
     "no home folder": without_home,
     "a long folder for temporary files": long_temporary,
-    "Accelerate's variables": settings_of_accelerate,
     "files for nobody else": for_nobody_else,
     "another language": language_of_c,
-    "other seeds of numpy and torch": seed_of_a_user,
+    "other seeds of numpy and torch": seeds_of_a_user,
 }
 MOVED, TWICE = "a moved folder", "two at once"
 
@@ -217,12 +216,12 @@ def not_survived(killed, folder, expected, said) -> str:
 
 
 def kill_once(folder: Path, point: str, nth: int, moment: float) -> bool:
-    "Start the run, and kill it at `point` or after `moment` seconds; returns whether it ended early."
+    "Start the run, and kill it at `point` or after `moment` seconds; returns whether that is how it ended."
     pid = spawn(folder, None if point == ANY else point, nth)
     if point == ANY:
         time.sleep(moment)
         os.kill(pid, signal.SIGKILL)  # the process is still ours, also when it has ended
-    return ended(pid) != 0
+    return ended(pid) == (1 if point.startswith(NO_ROOM) else -signal.SIGKILL)
 
 
 def gone_on(folder: Path, where: str) -> tuple[Path, bool]:
@@ -278,6 +277,11 @@ def kill_repro(process, dice: random.Random, length: float) -> bool:
 
 
 PACK = b"a pack of somebody"
+OTHERS = {  # what a user of Accelerate may have set for other trainings; a command begins without it
+    "ACCELERATE_MIXED_PRECISION": "bf16",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
+}
+
 
 def pack_of(folder): return folder / "data" / "own.safetensors"
 
@@ -295,10 +299,10 @@ def pipeline_kills(n: int, dice: random.Random, work: Path, say=print) -> Count:
     def env(folder):
         paths = {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(folder)}
         return os.environ | paths | {"DVC_NO_ANALYTICS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    def repro(folder):
+    def repro(folder, **more):
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
         command = [BIN / "dvc", "repro", f"test@{TEST.name}"]
-        return subprocess.Popen(command, cwd=folder, env=env(folder), **pipes)
+        return subprocess.Popen(command, cwd=folder, env=env(folder) | more, **pipes)
     def status(folder): return run("git", "status", "--porcelain", "-uall", cwd=folder).stdout
     whole = work / "pipeline whole"
     shutil.copytree(fresh, whole)
@@ -317,7 +321,7 @@ def pipeline_kills(n: int, dice: random.Random, work: Path, say=print) -> Count:
             continue
         tidy = next(between)
         if tidy: run("dvc", *tidy, cwd=folder)
-        again = repro(folder)
+        again = repro(folder, **OTHERS)
         said = again.communicate()[0]
         good = again.returncode == 0 and results(folder) == expected and pack_of(folder).read_bytes() == PACK
         good = good and status(folder) == files and not left_over(folder)
