@@ -49,7 +49,7 @@ def run_of(job: dict):
 
 def set_of(job: dict):
     "The task set of a job, as this tree knows it."
-    def fields(task_set): return task_set.model_dump()
+    def fields(task_set): return task_set.model_dump(exclude_defaults=True)
     return found_in(params_here().task_sets, job["set"], job["set_fields"], fields)
 
 # %% ../nbs/18_equivalent.ipynb #86975bca
@@ -136,6 +136,7 @@ def tested(job: dict) -> dict:
     t, net = set_of(job), from_pretrained(run_of(job).key)
     names = make_split(t.split, pack_of(t.pack)).test
     few = fewer_images(pack_of(t.pack), names, t.shot + 4)
+    if getattr(t, "size", 0): few = experiment.scaled_images(few, names, t.size)
     tasks = draw_task_set(select(few, names).labels, t.way, t.shot, 3, 20, t.seed)
     answers = experiment.test(net, few, tasks, t.split, job["inductive"])
     correct = evaluation.count_correct(evaluation.errors_of(answers, tasks))
@@ -303,7 +304,7 @@ def _noted(pattern: str) -> set:  # stems of the files that git doesn't ignore
 def _of_run(run: Run) -> dict: return {"run": run.key, "fields": json.loads(json.dumps(run_fields(run)))}
 
 def _of_set(name: str, task_set: TaskSet) -> dict:
-    return {"set": name, "set_fields": task_set.model_dump(), "pack": task_set.pack}
+    return {"set": name, "set_fields": task_set.model_dump(exclude_defaults=True), "pack": task_set.pack}
 
 def _training_job(run: Run, card: dict, steps=None, precision=None) -> dict:
     noted = precision or card.get("precision")

@@ -6,12 +6,12 @@
 __all__ = ['VALIDATION_QUERIES', 'LONGEST_SOCKET', 'note_digest', 'check_digest', 'load_data', 'task_set', 'training_pack',
            'channel_statistics', 'network_config', 'prepare', 'stage_fields', 'state_depends_on', 'scratch_folder',
            'take_up', 'validation_tasks', 'validator', 'train_stage', 'one_history', 'all_stages', 'fit', 'test',
-           'images_a_step', 'images_seen', 'recipe_name', 'code_commit', 'card_of', 'record', 'tasks_in_numbers',
-           'budget_of', 'metrics_of', 'record_test', 'read_correct', 'stored_network', 'run_test', 'with_palette',
-           'execute']
+           'scaled_images', 'images_a_step', 'images_seen', 'recipe_name', 'code_commit', 'card_of', 'record',
+           'tasks_in_numbers', 'budget_of', 'metrics_of', 'record_test', 'read_correct', 'stored_network', 'run_test',
+           'with_palette', 'execute']
 
 # %% ../nbs/17_experiment.ipynb #08219a47
-import asyncio, base64, functools, hashlib, io, json, os, shutil, signal, subprocess, sys, tempfile
+import asyncio, base64, dataclasses, functools, hashlib, io, json, os, shutil, signal, subprocess, sys, tempfile
 import threading, uuid
 from pathlib import Path
 from typing import Callable
@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
-from .episodes import Tasks, draw_task_set, load_tasks, save_tasks, tasks_digest
+from .episodes import Tasks, draw_task_set, load_tasks, resized, save_tasks, tasks_digest
 from .evaluation import accuracy, answer, count_correct, embed_images, errors_of
 from .fingerprints import code_fingerprint, training_code
 from .method import Method, build, network_size
@@ -298,6 +298,18 @@ def test(
     net.inductive = inductive
     return answer(net, embed_images(net, unseen.images), tasks)
 
+# %% ../nbs/17_experiment.ipynb #74e9cdd3
+def scaled_images(
+    pack: Pack,
+    names: list,  # of classes
+    side: int,    # in pixels
+) -> Pack:
+    "The images of the classes `names`, `side` pixels high and wide, in a pack that still names all its classes."
+    wanted = torch.tensor([pack.classes.index(name) for name in names])
+    rows = torch.isin(pack.labels, wanted).nonzero().squeeze(1)
+    images = resized(pack.images[rows], side)
+    return dataclasses.replace(pack, images=images, labels=pack.labels[rows], boxes=None)
+
 # %% ../nbs/17_experiment.ipynb #a9b9cb88
 def images_a_step(run: Run, recipe: Recipe) -> int:
     "Images that one step of `recipe` shows."
@@ -446,6 +458,7 @@ def run_test(job: Test, params: Params) -> dict:
     for field, why in test_problems(run, job, t): raise ValueError(f"{job.name}, {field}: {why}")
     net, pack = stored_network(run), load_data(t.pack)
     tasks = task_set(job.task_set, t, pack)
+    if t.size: pack = scaled_images(pack, make_split(t.split, pack).test, t.size)
     errors = errors_of(test(net, pack, tasks, t.split, job.inductive), tasks)
     return record_test(run, net, job, errors, tasks, params.keeps_answers(job.name))
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import stanet
 from .method import find_method
 from .packs import atomic
-from .parameters import Params, Run, TaskSet, Test, root, run_fields
+from .parameters import Params, Run, TaskSet, Test, root, run_fields, set_fields
 
 # %% ../nbs/16_fingerprints.ipynb #5a40faa5
 FOR_PEOPLE = ("show", "trouble")  # methods of classes that draw and warn
@@ -345,7 +345,8 @@ def test_code(
     "The fingerprint of the code that tests `run` on `test_set`."
     counted = ("method.build", "evaluation.errors_of", "evaluation.accuracy")  # before and after the answers
     split = f"splits.{test_set.split}_split"
-    return of(("experiment.test", *counted, "parameters.Run", split, *_parts_of(run)))
+    scaled = ("experiment.scaled_images",) if test_set.size else ()
+    return of(("experiment.test", *scaled, *counted, "parameters.Run", split, *_parts_of(run)))
 
 def tasks_code(test_set: TaskSet, of=fingerprint) -> str:
     "The fingerprint of the code that draws `test_set`."
@@ -461,6 +462,7 @@ def test_fingerprint(
         "inductive": test.inductive,
         "answers": params.keeps_answers(test.name),
     }
+    if task_set.size: values["size"] = task_set.size
     code = test_code(run, task_set, of)
     return canonical(code, rows=rows) + _hash(values)
 
@@ -470,7 +472,7 @@ def all_fingerprints(params: Params, of=None) -> dict:
     if of is None: of = functools.cache(this_code().fingerprint)
     rows, tasks = read_equivalent(), {}
     for name, t in params.task_sets.items():
-        tasks[name] = canonical(tasks_code(t, of), rows=rows) + _hash(t.model_dump())
+        tasks[name] = canonical(tasks_code(t, of), rows=rows) + _hash(set_fields(t))
     return {
         "glyphs": of(("glyphs.glyphs",)),
         "tasks": tasks,

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SECTIONS', 'NAME', 'EXTENTS', 'IMAGES', 'Run', 'run_model', 'run_fields', 'read_card', 'network_fields', 'TaskSet',
-           'Test', 'RowEntry', 'Row', 'Report', 'Params', 'read_yaml', 'expand', 'root', 'data_folder', 'pack_path',
-           'shown_path', 'pack_outline', 'extents', 'smallest_class', 'image_shape', 'known_splits', 'known_packs',
-           'Draft', 'test_problems', 'ReportEntry', 'problems_of', 'load_params', 'find_run', 'changed_run',
-           'find_test', 'idle_networks']
+           'set_fields', 'Test', 'RowEntry', 'Row', 'Report', 'Params', 'read_yaml', 'expand', 'root', 'data_folder',
+           'pack_path', 'shown_path', 'pack_outline', 'extents', 'smallest_class', 'image_shape', 'known_splits',
+           'known_packs', 'Draft', 'test_problems', 'ReportEntry', 'problems_of', 'load_params', 'find_run',
+           'changed_run', 'find_test', 'idle_networks']
 
 # %% ../nbs/15_parameters.ipynb #ff6d7d00
 import difflib, functools, importlib, itertools, json, os, re, subprocess
@@ -143,6 +143,11 @@ class TaskSet(BaseModel):
     query: Count = Field(15, description="queries a class")
     n: Count = Field(10000, description="tasks")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of the draw")
+    size: int = added(0, "side to which images are scaled, in pixels; 0: as they are", ge=0, le=512)
+
+def set_fields(t: TaskSet) -> dict:
+    "The fields that decide a task set: without added fields at their neutral value."
+    return _hashed_fields(t)
 
 class Test(NamedTuple):
     "A run on a task set."
@@ -1061,6 +1066,7 @@ def _images_fit(
     shape = image_shape(t.pack)
     if shape is None: return
     *_, channels = shape
+    if t.size: shape = (t.size, t.size, channels)
     if channels != trained:
         those = f"those that runs.{run.key} is trained on {trained}"
         yield f"{place}: the images of {name} have {channels} channels, {those}"

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['ALIKE', 'COLUMNS', 'WHOLE', 'REAL', 'DESCRIBED', 'LATEX', 'UNKNOWN', 'SIDES', 'student_interval', 'check_alike',
            'mean_of', 'protocol_of', 'named', 'line_of', 'tidy', 'read_metrics', 'format_accuracy', 'difference_of',
-           'name_of', 'wide', 'in_latex', 'in_parts', 'flat', 'write_table', 'write_forms', 'test_folder', 'tests_of',
-           'compare', 'answer_of', 'verdict', 'paired_differences', 'differences_figure', 'recorded', 'cards_behind',
-           'images_seen', 'open_report', 'labels_of', 'against_paper', 'save_figure', 'save_numbers', 'taken_over',
-           'code_text', 'card_line', 'run_cards']
+           'name_of', 'settings_of', 'wide', 'in_latex', 'in_parts', 'flat', 'write_table', 'write_forms',
+           'test_folder', 'tests_of', 'compare', 'answer_of', 'verdict', 'paired_differences', 'differences_figure',
+           'recorded', 'cards_behind', 'images_seen', 'open_report', 'labels_of', 'against_paper', 'save_figure',
+           'save_numbers', 'taken_over', 'code_text', 'card_line', 'run_cards']
 
 # %% ../nbs/19_tables.ipynb #a83ff5ae
 import json
@@ -144,16 +144,26 @@ def name_of(cell) -> str:
     "The method of a line of a tidy table, with its variant."
     return cell["method"] if pd.isna(cell["variant"]) else f"{cell['method']} ({cell['variant']})"
 
-def _setting(cell: dict, several: bool) -> str:  # the heading of a line's columns; several data sets or one
-    first = cell["dataset"] if several else f"{cell['way']}-way"
-    return f"{first} {cell['shot']}-shot"
+def settings_of(table: pd.DataFrame) -> list:  # a tidy table
+    "The heading of each line's columns: data set and ways where the table has several, and shots."
+    sets, ways = table.dataset.nunique() > 1, table.way.nunique() > 1
+    headings = []
+    for cell in table.itertuples():
+        parts = [cell.dataset] if sets else []
+        if ways or not sets: parts.append(f"{cell.way}-way")
+        headings.append(" ".join([*parts, f"{cell.shot}-shot"]))
+    return headings
 
 def wide(table: pd.DataFrame) -> pd.DataFrame:  # a tidy table -> a row a method
-    "The table as the paper prints it: for each setting paper, ours, and the difference."
-    rows, several = {}, table.dataset.nunique() > 1
-    for cell in table.to_dict("records"):
-        setting = _setting(cell, several)
-        row = rows.setdefault((name_of(cell), cell["backbone"]), {})
+    """The table as the paper prints it: for each setting paper, ours, and the difference.
+    Two lines for one place raise a `ValueError`."""
+    rows = {}
+    for cell, setting in zip(table.to_dict("records"), settings_of(table)):
+        name = name_of(cell)
+        row = rows.setdefault((name, cell["backbone"]), {})
+        if (setting, "ours") in row:
+            place = f"{name}, {cell['backbone']}, {setting}"
+            raise ValueError(f"{place}: two lines of the table for one place; give one of them a variant")
         row[setting, "paper"] = format_accuracy(cell["paper"], cell["paper_ci"])
         row[setting, "ours"] = format_accuracy(cell["ours"], cell["ours_ci"]) or cell["status"]
         row[setting, "difference"] = difference_of(cell)
