@@ -7,8 +7,8 @@ __all__ = ['SETTINGS', 'WAY', 'SHOT', 'QUERY', 'CLASSES', 'EACH', 'METHODS', 'PA
            'our_recipe', 'our_steps', 'one_step', 'adam', 'bare_steps', 'Pictures', 'textbook_steps', 'timed',
            'in_turns', 'record', 'textbook_loops', 'bench_step', 'logits_anew', 'logits_cached', 'bench_evaluation',
            'task_batches', 'plain_steps', 'Embedding', 'easyfsl_classifier', 'easyfsl_answers', 'bench_method',
-           'bench_methods', 'write_pictures', 'peak_memory', 'import_folder', 'bench_import', 'bench_pipeline',
-           'bench_steps', 'bench_evaluations', 'machine', 'write_bench', 'bench']
+           'bench_methods', 'write_pictures', 'peak_memory', 'import_folder', 'bench_import', 'predict_pictures',
+           'bench_predict', 'bench_pipeline', 'bench_steps', 'bench_evaluations', 'machine', 'write_bench', 'bench']
 
 # %% ../nbs/project/bench.ipynb #47ad974b
 import contextlib, io, json, math, os, shutil, subprocess, sys, tempfile, time
@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from PIL import Image
 from torch.utils.data import DataLoader, Sampler
 from torchvision.transforms import v2
+from .classifier import Classifier, pictures_in, read_pixels
 from .episodes import Episodes, Tasks, draw_task_set, load_images
 from .evaluation import answer, embed_images
 from .parameters import root
@@ -485,7 +486,7 @@ def bench_methods(rounds: int) -> list:  # records
 def write_pictures(
     folder,
     n: int,
-    size: int = 84,  # pixels a side
+    size: tuple = (84, 84),  # width, height
 ):
     "`n` JPEG files in ten classes: soft random blots."
     dice = np.random.default_rng(0)
@@ -493,7 +494,7 @@ def write_pictures(
         path = Path(folder) / f"class {i % 10}" / f"{i}.jpg"
         path.parent.mkdir(exist_ok=True)
         blots = Image.fromarray(dice.integers(0, 256, (6, 6, 3), dtype=np.uint8))
-        blots.resize((size, size), Image.Resampling.BICUBIC).save(path)
+        blots.resize(size, Image.Resampling.BICUBIC).save(path)
 
 def peak_memory() -> int:
     """The most bytes that this process has held. In Linux, `ru_maxrss` also counts what the parent process
@@ -543,6 +544,69 @@ def bench_import(rounds: int, n: int = 12000) -> list:  # records
         record("import/memory", memory, "MB at the peak", "import/pack", size),
     ]
 
+# %% ../nbs/project/bench.ipynb #37a5e825
+def predict_pictures(
+    key: str,  # of a recorded run, or the file of a network
+    examples,  # a folder of class folders
+    pictures,  # a folder
+) -> dict:
+    "Seconds for naming the pictures and for either part of it on one core, and the peak of memory in bytes."
+    classifier = Classifier(key).fit(examples)
+    files, _ = pictures_in(pictures)
+    found = {"whole": timed(lambda: classifier.predict_proba(files)), "memory": peak_memory()}
+    torch.set_num_threads(1)
+    shown, config, pixels = classifier.examples_, classifier.examples_.net.config, []
+    mode = "L" if config["channels"] == 1 else "RGB"
+    def prepare():
+        for file in files: pixels.append(read_pixels(file, config["size"], mode))
+    def answer_all():
+        for i in range(0, len(pixels), classifier.batch):
+            shown.probabilities(shown.embed(pixels[i:i + classifier.batch]))
+    return found | {"preparing": timed(prepare), "network": timed(answer_all)}
+
+_PREDICT = """
+import json, sys
+from stanet.bench import predict_pictures
+print(json.dumps(predict_pictures(*sys.argv[1:])))
+"""
+
+def _predict_apart(*arguments) -> dict:  # in a process of its own
+    command = [sys.executable, "-c", _PREDICT, *map(str, arguments)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, cwd=root())
+    return json.loads(done.stdout)
+
+def _first_answer(key, examples, picture):
+    command = [str(Path(sys.executable).parent / "stanet"), "predict", key, str(examples), str(picture)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=root())
+
+# %% ../nbs/project/bench.ipynb #7184f3f1
+def _photographs(folder, n: int) -> tuple:  # folders of five examples, and of n pictures
+    examples, pictures = Path(folder) / "examples", Path(folder) / "pictures"
+    for place, many in ((examples, 5), (pictures, n)):
+        place.mkdir()
+        write_pictures(place, many, size=(500, 375))
+    return examples, pictures
+
+def bench_predict(
+    rounds: int,
+    n: int = 1000,  # pictures
+    key: str = "mini-5w1s-stanet1-conv64-progressive",  # of a recorded run
+) -> list:  # records
+    "Pictures a second that get names, the memory that it takes, and the time to the first answer."
+    with tempfile.TemporaryDirectory() as folder:
+        examples, pictures = _photographs(folder, n)
+        first = pictures_in(pictures)[0][0]
+        starts = [timed(lambda: _first_answer(key, examples, first)) for _ in range(rounds)]
+        runs = pd.DataFrame([_predict_apart(key, examples, pictures) for _ in range(rounds)])
+    rates = n / runs[["preparing", "network", "whole"]]
+    slower = rates[["preparing", "network"]].median().idxmin()
+    records = [record(f"predict/{part}", rates[part], "pictures/s on one core") for part in ("preparing", "network")]
+    return records + [
+        record("predict/whole", rates.whole, "pictures/s (500 x 375 JPEG)", f"predict/{slower}", rates[slower]),
+        record("predict/memory", runs.memory / 1e6, "MB at the peak"),
+        record("predict/start", starts, "s from command to first answer"),
+    ]
+
 # %% ../nbs/project/bench.ipynb #c83dee46
 def _shorten(copy: Path, steps: int):
     file = copy / "params.yaml"
@@ -586,6 +650,7 @@ PARTS = {
     "evaluation": lambda rounds: bench_evaluations(min(rounds, 3)),
     "methods": lambda rounds: bench_methods(min(rounds, 5)),
     "import": lambda rounds: bench_import(min(rounds, 3)),
+    "predict": lambda rounds: bench_predict(min(rounds, 3)),
     "pipeline": lambda rounds: bench_pipeline(min(rounds, 3)),
 }
 
