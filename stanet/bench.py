@@ -600,9 +600,11 @@ def bench_predict(
         runs = pd.DataFrame([_predict_apart(key, examples, pictures) for _ in range(rounds)])
     rates = n / runs[["preparing", "network", "whole"]]
     slower = rates[["preparing", "network"]].median().idxmin()
-    records = [record(f"predict/{part}", rates[part], "pictures/s on one core") for part in ("preparing", "network")]
-    return records + [
-        record("predict/whole", rates.whole, "pictures/s (500 x 375 JPEG)", f"predict/{slower}", rates[slower]),
+    unit, against = "pictures/s (500 x 375 JPEG)", f"predict/{slower}"
+    return [
+        record("predict/preparing", rates.preparing, "pictures/s on one core"),
+        record("predict/network", rates.network, "pictures/s on one core"),
+        record("predict/whole", rates.whole, unit, against, rates[slower]),
         record("predict/memory", runs.memory / 1e6, "MB at the peak"),
         record("predict/start", starts, "s from command to first answer"),
     ]

@@ -11,7 +11,8 @@ __all__ = ['VALIDATION_QUERIES', 'LONGEST_SOCKET', 'note_digest', 'check_digest'
            'with_palette', 'execute']
 
 # %% ../nbs/17_experiment.ipynb #08219a47
-import asyncio, base64, dataclasses, functools, hashlib, io, json, os, shutil, signal, subprocess, sys, tempfile
+import asyncio, base64, dataclasses, functools, hashlib, io, json, os, shutil, signal, subprocess
+import sys, tempfile
 import threading, uuid
 from pathlib import Path
 from typing import Callable
@@ -304,7 +305,7 @@ def scaled_images(
     names: list,  # of classes
     side: int,    # in pixels
 ) -> Pack:
-    "The images of the classes `names`, `side` pixels high and wide, in a pack that still names all its classes."
+    "The images of the classes `names` with another side, in a pack that still names all its classes."
     wanted = torch.tensor([pack.classes.index(name) for name in names])
     rows = torch.isin(pack.labels, wanted).nonzero().squeeze(1)
     images = resized(pack.images[rows], side)
