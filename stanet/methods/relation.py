@@ -164,7 +164,8 @@ class RelationNet(Method):
         if self.embeds_in_task and self.options.statistics == "apart":
             support, query = self.backbone(support), self.backbone(query)
         elif self.embeds_in_task:
-            support, query = self.backbone(torch.cat([support, query])).split([len(support), len(query)])
+            n, maps = support.shape[0], self.backbone(torch.cat([support, query]))
+            support, query = maps[:n], maps[n:]
         return self.compare(support[None], labels[None], query[None])[0]
 
     def classify(self, support, labels, query):
