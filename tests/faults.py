@@ -817,11 +817,11 @@ def summary_of(killed: Count, files: Count) -> str:
 
 def main():
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--kills", type=int, default=60, help="kills of small runs")
+    options.add_argument("--kills", type=int, default=100, help="kills of small runs")
     options.add_argument("--pipeline", type=int, default=8, help="kills of a real `dvc repro` beside them")
-    options.add_argument("--inputs", type=int, default=2500, help="changed files")
+    options.add_argument("--inputs", type=int, default=10_000, help="changed files")
     options.add_argument("--seed", type=int, default=0)
-    where = "where to write the counts; results/faults.json for at least 50 kills and 2,000 inputs"
+    where = "where to write the counts; results/faults.json for at least 100 kills and 10,000 inputs"
     options.add_argument("--output", type=Path, help=where)
     o = options.parse_args()
     torch.set_num_threads(1)
@@ -835,7 +835,7 @@ def main():
     killed = Count(sorted(killed.items()))
     summary = summary_of(killed, files)
     good = killed.total("survived") == killed.total("kills") and not files.total("wrong")
-    whole = killed.total("kills") >= 50 and files.total("inputs") >= 2000
+    whole = killed.total("kills") >= 100 and files.total("inputs") >= 10_000
     output = o.output or (ROOT / "results" / "faults.json" if whole else None)
     if output:
         about = {"summary": summary, "seed": o.seed, "seconds": round(time.perf_counter() - clock)}
