@@ -7,8 +7,8 @@ __all__ = ['SETTINGS', 'WAY', 'SHOT', 'QUERY', 'CLASSES', 'EACH', 'METHODS', 'PA
            'our_recipe', 'our_steps', 'one_step', 'adam', 'bare_steps', 'Pictures', 'textbook_steps', 'timed',
            'in_turns', 'record', 'textbook_loops', 'bench_step', 'logits_anew', 'logits_cached', 'bench_evaluation',
            'task_batches', 'plain_steps', 'Embedding', 'easyfsl_classifier', 'easyfsl_answers', 'bench_method',
-           'bench_methods', 'write_pictures', 'peak_memory', 'import_folder', 'bench_import', 'predict_pictures',
-           'bench_predict', 'bench_pipeline', 'bench_steps', 'bench_evaluations', 'machine', 'write_bench', 'bench']
+           'bench_methods', 'write_pictures', 'import_folder', 'bench_import', 'predict_pictures', 'bench_predict',
+           'bench_pipeline', 'bench_steps', 'bench_evaluations', 'machine', 'write_bench', 'bench']
 
 # %% ../nbs/project/bench.ipynb #47ad974b
 import contextlib, io, json, math, os, shutil, subprocess, sys, tempfile, time
@@ -26,6 +26,7 @@ from torchvision.transforms import v2
 from .classifier import Classifier, pictures_in, read_pixels
 from .episodes import Episodes, Tasks, draw_task_set, load_images
 from .evaluation import answer, embed_images
+from .machines import peak_memory
 from .parameters import root
 from .method import Batch, build, gather_maps
 from .packs import atomic, save_pack
@@ -496,20 +497,6 @@ def write_pictures(
         blots = Image.fromarray(dice.integers(0, 256, (6, 6, 3), dtype=np.uint8))
         blots.resize(size, Image.Resampling.BICUBIC).save(path)
 
-def peak_memory() -> int:
-    """The most bytes that this process has held. In Linux, `ru_maxrss` also counts what the parent process
-    held when it started this one, so there it is read from `/proc`."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        kilobytes = status.read_text(encoding="utf-8").split("VmHWM:")[1].split()[0]
-        return 1024 * int(kilobytes)
-    if sys.platform == "win32":
-        import psutil
-        return psutil.Process().memory_info().peak_wset
-    import resource  # not in Windows
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
 # %% ../nbs/project/bench.ipynb #a29c0d80
 def import_folder(folder, target) -> dict:
     "Seconds, peak of memory beyond what was held before, and size of the pack."
@@ -550,10 +537,10 @@ def predict_pictures(
     examples,  # a folder of class folders
     pictures,  # a folder
 ) -> dict:
-    "Seconds for naming the pictures and for either part of it on one core, and the peak of memory in bytes."
+    "Seconds for naming the pictures, and for either part of it on one core."
     classifier = Classifier(key).fit(examples)
     files, _ = pictures_in(pictures)
-    found = {"whole": timed(lambda: classifier.predict_proba(files)), "memory": peak_memory()}
+    whole = timed(lambda: classifier.predict_proba(files))
     torch.set_num_threads(1)
     shown, config, pixels = classifier.examples_, classifier.examples_.net.config, []
     mode = "L" if config["channels"] == 1 else "RGB"
@@ -562,18 +549,30 @@ def predict_pictures(
     def answer_all():
         for i in range(0, len(pixels), classifier.batch):
             shown.probabilities(shown.embed(pixels[i:i + classifier.batch]))
-    return found | {"preparing": timed(prepare), "network": timed(answer_all)}
+    return {"whole": whole, "preparing": timed(prepare), "network": timed(answer_all)}
 
-_PREDICT = """
+_SECONDS = """
 import json, sys
 from stanet.bench import predict_pictures
 print(json.dumps(predict_pictures(*sys.argv[1:])))
 """
 
-def _predict_apart(*arguments) -> dict:  # in a process of its own
-    command = [sys.executable, "-c", _PREDICT, *map(str, arguments)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, cwd=root())
-    return json.loads(done.stdout)
+_MEMORY = """
+import json, sys
+from stanet.classifier import Classifier, pictures_in
+from stanet.machines import peak_memory
+key, examples, pictures = sys.argv[1:]
+Classifier(key).fit(examples).predict_proba(pictures_in(pictures)[0])
+print(json.dumps({"memory": peak_memory()}))
+"""
+
+def _predict_apart(*arguments) -> dict:  # either in a process of its own
+    found = {}
+    for code in (_SECONDS, _MEMORY):
+        command = [sys.executable, "-c", code, *map(str, arguments)]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, cwd=root())
+        found |= json.loads(done.stdout)
+    return found
 
 def _first_answer(key, examples, picture):
     command = [str(Path(sys.executable).parent / "stanet"), "predict", key, str(examples), str(picture)]

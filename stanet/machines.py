@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DECIDING', 'DECIDING_NAMES', 'decides', 'project_code', 'speaks_utf8', 'settled', 'settle', 'copy_cell', 'cell_main',
-           'notebook_environment']
+           'notebook_environment', 'peak_memory']
 
 # %% ../nbs/project/machines.ipynb #4fa3e76c
 import locale, os, shutil, subprocess, sys
@@ -104,3 +104,18 @@ def notebook_environment(scratch) -> dict:  # name -> value
         "JUPYTER_PREFER_ENV_PATH": "1",  # the kernel of this environment, not the user's
         "PYTHONWARNINGS": "ignore:IProgress not found",  # nobody looks at widgets here
     }
+
+# %% ../nbs/project/machines.ipynb #82aa2148
+def peak_memory() -> int:
+    """The most bytes that this process has held. In Linux, `ru_maxrss` also counts what the parent process
+    held when it started this one, so there it is read from `/proc`."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        kilobytes = status.read_text(encoding="utf-8").split("VmHWM:")[1].split()[0]
+        return 1024 * int(kilobytes)
+    if sys.platform == "win32":
+        import psutil
+        return psutil.Process().memory_info().peak_wset
+    import resource  # not in Windows
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
