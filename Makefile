@@ -15,33 +15,33 @@ help:                      ## this list
 # DVC runs stage after stage, so trainings that don't depend on each other run two at a time before the rest.
 QUICK := stanet3 stanet3-uniform protonet
 quickstart: env            ## the whole pipeline on the embedded data set, 3 to 6 minutes on two cores
-	$(BIN)/dvc repro glyphs tasks@glyphs-5w1s
+	"$(BIN)/dvc" repro glyphs tasks@glyphs-5w1s
 	@echo "Trainings and their tests, two at a time:"
-	@printf '%s\n' $(QUICK) | OMP_NUM_THREADS=1 xargs -P 2 -I RUN $(BIN)/dvc --wait-for-lock repro -s train@glyphs-5w1s-RUN test@glyphs-5w1s-RUN-on-glyphs-5w1s cell@glyphs-5w1s-RUN-on-glyphs-5w1s-in-quickstart
-	$(BIN)/dvc repro report@quickstart
+	@printf '%s\n' $(QUICK) | OMP_NUM_THREADS=1 xargs -P 2 -I RUN "$(BIN)/dvc" --wait-for-lock repro -s train@glyphs-5w1s-RUN test@glyphs-5w1s-RUN-on-glyphs-5w1s cell@glyphs-5w1s-RUN-on-glyphs-5w1s-in-quickstart
+	"$(BIN)/dvc" repro report@quickstart
 	@cat results/quickstart.md; echo; echo "results/quickstart.ipynb shows the comparison, the curves and what attention looked at"
 
 test: env .venv/.compiled  ## every notebook's checks and all of tests/
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 40
+	"$(BIN)/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 40
 
 lint: env                  ## ruff on package, tests and notebooks
-	$(BIN)/ruff check --quiet .
+	"$(BIN)/ruff" check --quiet .
 
 docs: env                  ## the site, in _docs/
-	$(BIN)/python -m stanet.site
+	"$(BIN)/python" -m stanet.site
 
 faults: env                ## kill small runs and change files in thousands of ways; the counts go to results/faults.json
-	$(BIN)/python tests/faults.py
+	"$(BIN)/python" tests/faults.py
 
 experiments: env           ## DVC's experiments, with the columns in which they differ
-	$(BIN)/dvc exp show --only-changed --drop 'fingerprints.json:.*' $(ARGS)
+	"$(BIN)/dvc" exp show --only-changed --drop 'fingerprints.json:.*' $(ARGS)
 
 lab: env                   ## JupyterLab on the notebooks
-	$(BIN)/jupyter lab nbs
+	"$(BIN)/jupyter" lab nbs
 
 data: env                  ## Omniglot and CIFAR-100 into data/: downloaded; or with RAW=folder whatever of the three data sets lies there
-	$(BIN)/stanet data $(if $(RAW),import all "$(RAW)",download omniglot)
-	$(if $(RAW),,$(BIN)/stanet data download cifar100)
+	"$(BIN)/stanet" data $(if $(RAW),import all "$(RAW)",download omniglot)
+	$(if $(RAW),,"$(BIN)/stanet" data download cifar100)
 
 env: .venv/.synced         ## the locked environment in .venv, a few seconds
 
