@@ -54,8 +54,8 @@ lock:                      ## renew requirements.lock from pyproject.toml
 	$(UV) pip compile --universal --python-version 3.11 --generate-hashes --all-extras -q --custom-compile-command "make lock" -o requirements.lock pyproject.toml
 
 .venv/.synced: requirements.lock pyproject.toml | $(UV)
-	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v < (3, 14) else f"stanet needs Python 3.11 to 3.13, but $(PYTHON) is {v.major}.{v.minor}: make PYTHON=python3.12 ...")'
-	$(UV) venv -q --clear --python $(PYTHON) .venv
+	@"$(PYTHON)" -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v < (3, 14) else f"stanet needs Python 3.11 to 3.13, but $(PYTHON) is {v.major}.{v.minor}: make PYTHON=python3.12 ...")'
+	$(UV) venv -q --clear --python "$(PYTHON)" .venv
 	VIRTUAL_ENV=.venv $(UV) pip sync -q --require-hashes requirements.lock
 	VIRTUAL_ENV=.venv $(UV) pip install -q --no-deps --no-build-isolation -e .
 	@echo "$(CURDIR)" > $@
@@ -67,4 +67,4 @@ lock:                      ## renew requirements.lock from pyproject.toml
 	@touch $@
 
 .uv/bin/uv:
-	$(PYTHON) -m venv .uv && .uv/bin/python -m pip install -q uv
+	"$(PYTHON)" -m venv .uv && .uv/bin/python -m pip install -q uv

@@ -26,7 +26,6 @@ from torchvision.transforms import v2
 from .classifier import Classifier, pictures_in, read_pixels
 from .episodes import Episodes, Tasks, draw_task_set, load_images
 from .evaluation import answer, embed_images
-from .machines import peak_memory
 from .parameters import root
 from .method import Batch, build, gather_maps
 from .packs import atomic, save_pack
@@ -500,6 +499,7 @@ def write_pictures(
 # %% ../nbs/project/bench.ipynb #a29c0d80
 def import_folder(folder, target) -> dict:
     "Seconds, peak of memory beyond what was held before, and size of the pack."
+    from stanet.machines import peak_memory  # comes after this module
     before, start = psutil.Process().memory_info().rss, time.perf_counter()
     save_pack(read_folder(folder), target)
     seconds = time.perf_counter() - start

@@ -5,7 +5,7 @@ import base64, functools, http.server, io, shutil, threading
 import numpy as np
 import pytest
 from PIL import Image
-from test_site import CHROMIUM, FLAGS, WIDE
+from test_site import CHROMIUM, FLAGS, NEAR, WIDE
 import stanet.demo
 from stanet.weights import from_pretrained
 
@@ -61,7 +61,7 @@ def open_page(docs):
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_): pass
     with sync_playwright() as p:
-        chromium = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS, timeout=600_000)
+        chromium = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS, env=NEAR, timeout=600_000)
         def new_page(folder=docs, width=1280, scheme="light", **options):
             handler = functools.partial(Quiet, directory=folder)
             servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))

@@ -1,7 +1,7 @@
 """The site as a reader meets it.
 
 Built without network, and opened in a real browser at the width of a screen and of a phone."""
-import functools, http.server, json, re, shutil, sys, threading
+import functools, http.server, json, os, re, shutil, sys, threading
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urljoin, urlsplit
@@ -13,6 +13,7 @@ DOCS = ROOT / "_docs"
 WRITTEN = ("sidebar.yml", "nbdev.yml")  # kept in git for those who have Quarto, and written by the build
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
+NEAR = os.environ | {"TMPDIR": "/tmp"}  # Chromium opens a socket there, whose path must be short
 FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -131,7 +132,7 @@ def browser():
     from playwright.sync_api import sync_playwright
     patience = 600_000  # milliseconds: a busy machine is slow, which is no fault of the site
     with sync_playwright() as p:
-        chromium = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS, timeout=patience)
+        chromium = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS, env=NEAR, timeout=patience)
         def new_page(width=1280, scheme="light"):
             window = {"width": width, "height": 900}
             page = chromium.new_context(viewport=window, color_scheme=scheme).new_page()
