@@ -164,6 +164,7 @@ class RelationNet(Method):
         if self.embeds_in_task and self.options.statistics == "apart":
             support, query = self.backbone(support), self.backbone(query)
         elif self.embeds_in_task:
+            # `len` would fix the number of examples in an export
             n, maps = support.shape[0], self.backbone(torch.cat([support, query]))
             support, query = maps[:n], maps[n:]
         return self.compare(support[None], labels[None], query[None])[0]
