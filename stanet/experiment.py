@@ -28,7 +28,7 @@ from .packs import Pack, atomic, class_parents, digest, load_pack, pack_digest, 
 from .packs import semantic_targets, twins, without, writing
 from .parameters import Params, Run, TaskSet, Test, data_folder, network_fields, pack_path, root
 from .parameters import run_fields, shown_path, test_problems
-from .runtime import devices_together, exclusive_lock, keep_freed_memory
+from .runtime import check_environment, devices_together, exclusive_lock, keep_freed_memory
 from .sources import missing_pack
 from .splits import Split, make_split, quarter_turns
 from .training import Pace, Recipe, TrainingData, train
@@ -152,7 +152,9 @@ def scratch_folder(
     pack: Pack,                # its data
     stage: str | None = None,  # its last one if none is named
 ) -> Path:
-    "Where a run keeps the states of a stage."
+    """Where a run keeps the states of a stage: the name stands for all that they depend on. A variable of the
+    environment that would change their numbers raises a `ValueError`."""
+    check_environment()
     stage = stage or list(run.recipes)[-1]
     text = json.dumps(state_depends_on(run, pack, stage), sort_keys=True)
     name = hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -76,6 +76,31 @@ def test_variables_do_not_change_a_training(glyphs, plain):
     assert trained(glyphs) == plain
 
 
+FIT = f"""
+from stanet.experiment import fit, load_data
+from stanet.parameters import find_run
+run = find_run("{KEY}")
+fit(run, load_data(run.pack))
+"""
+
+
+@pytest.mark.parametrize("name, value", [
+    ("ACCELERATE_DYNAMO_BACKEND", "inductor"), ("ONEDNN_DEFAULT_FPMATH_MODE", "BF16")])
+def test_python_refuses_variables_that_change_a_training(glyphs, name, value):
+    "A script that calls `fit` has read them before the package could leave them out."
+    done = call(sys.executable, "-c", FIT, cwd=glyphs, check=False, **{name: value})
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"ValueError: {name} is '{value}', which would change the numbers of a training")
+    assert not list((glyphs / "scratch").glob("glyphs-*"))
+
+
+def test_python_trains_as_the_command_does(glyphs, plain):
+    "With what `accelerate launch` sets for its processes, and with a format that `fit` doesn't take."
+    given = dict(ACCELERATE_DYNAMO_BACKEND="NO", ACCELERATE_MIXED_PRECISION="bf16")
+    call(sys.executable, "-c", FIT, cwd=glyphs, **given)
+    assert trained(glyphs) == plain
+
+
 def test_accelerates_settings_do_not_change_a_training(glyphs, plain, tmp_path):
     "`accelerate launch` reads the user's file and passes it on in variables."
     settings = tmp_path / "settings.yaml"
