@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['GRACE', 'PLACES_ON_GPU', 'BEGIN', 'progress_of', 'chosen_runs', 'places', 'Training', 'run_side_by_side', 'line_of',
-           'copy_states', 'campaign']
+           'finished_state', 'carry_states', 'campaign']
 
 # %% ../nbs/project/campaign.ipynb #ca3b0003
-import os, shutil, subprocess, sys, tempfile, time
+import os, subprocess, sys, tempfile, time
 from pathlib import Path
 import pandas as pd
 import torch
@@ -15,11 +15,12 @@ from .experiment import load_data, scratch_folder
 from .packs import Pack
 from .parameters import Run, find_run
 from .runtime import Checkpoints
+from .weights import stored
 
 # %% ../nbs/project/campaign.ipynb #ca3b0006
 def progress_of(run: Run, pack: Pack) -> dict:
     "Steps taken and steps in all, seconds of training and devices, over all stages of a run."
-    taken, seconds, devices, folders = 0, 0.0, "", []
+    taken, seconds, devices = 0, 0.0, ""
     for stage, recipe in run.recipes.items():
         folder = scratch_folder(run, pack, stage)
         found = Checkpoints(folder).latest()
@@ -28,9 +29,8 @@ def progress_of(run: Run, pack: Pack) -> dict:
         taken += about["step"]
         seconds += about["seconds"]
         devices = about["devices"].get("device", "")
-        folders.append(folder)
     steps = sum(recipe.steps for recipe in run.recipes.values())
-    return {"steps": taken, "of": steps, "seconds": round(seconds, 1), "device": devices, "folders": folders}
+    return {"steps": taken, "of": steps, "seconds": round(seconds, 1), "device": devices}
 
 # %% ../nbs/project/campaign.ipynb #ca3b0010
 GRACE = 30  # seconds that a training has to write its state
@@ -167,16 +167,28 @@ def line_of(
         "device": now["device"],
     }
 
-def copy_states(
-    folders: list,  # with states of one run
-    out: Path,      # gets a folder of the same name for each
+def finished_state(tensors: dict) -> dict:
+    "What the record of a finished training needs of its state: the weights as stored, and no moments."
+    kept = {name: t for name, t in tensors.items() if not name.startswith("optimiser.")}
+    kept["sampler.generator"] = torch.Generator().get_state()  # of any device: nothing is drawn any more
+    return stored(kept)
+
+def carry_states(
+    run: Run,
+    pack: Pack,
+    out: Path,  # gets a folder for each stage
 ):
-    "Copy the newest state of each folder."
-    for folder in folders:
-        target = out / folder.name
-        target.mkdir(parents=True, exist_ok=True)
-        newest = sorted(folder.glob("step-*.safetensors"))[-1]
-        shutil.copy2(newest, target / newest.name)
+    "Copy the newest state of each stage that has one; of a finished stage what its record needs."
+    for stage, recipe in run.recipes.items():
+        folder = scratch_folder(run, pack, stage)
+        found = Checkpoints(folder).latest()
+        if not found: continue
+        tensors, about = found
+        step = about.pop("step")
+        if step == recipe.steps: tensors = finished_state(tensors)
+        target = Checkpoints(out / folder.name)
+        target.folder.mkdir(parents=True, exist_ok=True)
+        target.save(step, tensors, about)
 
 # %% ../nbs/project/campaign.ipynb #ca3b0022
 def campaign(
@@ -198,6 +210,6 @@ def campaign(
     table = pd.DataFrame(lines)
     if out:
         out = Path(out)
-        for key in keys: copy_states(now[key]["folders"], out)
+        for run in runs.values(): carry_states(run, packs[run.pack], out)
         table.to_csv(out / "campaign.csv", index=False)
     return table

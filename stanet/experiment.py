@@ -320,9 +320,13 @@ def images_a_step(run: Run, recipe: Recipe) -> int:
     of_a_class = run.shot + recipe.query
     return recipe.tasks * (run.way * of_a_class + recipe.others)
 
-def images_seen(run: Run) -> int:
+def images_seen(
+    run: Run,
+    cached: tuple = (),  # its stages that train on stored features, which show no image
+) -> int:
     "Images that the run's training shows, repetitions included."
-    return sum(recipe.steps * images_a_step(run, recipe) for recipe in run.recipes.values())
+    shown = [recipe for stage, recipe in run.recipes.items() if stage not in cached]
+    return sum(recipe.steps * images_a_step(run, recipe) for recipe in shown)
 
 def recipe_name(recipe) -> str:
     "The name of a run's recipe; of a method with several stages the name for each stage."
@@ -361,7 +365,7 @@ def card_of(
             "bytes": weights.stat().st_size,
         },
         "pack": {"name": pack.name, "sha256": pack_digest(pack)},
-        "images": images_seen(run),
+        "images": images_seen(run, net.cached),
         **trained,
     }
 
@@ -390,10 +394,17 @@ def tasks_in_numbers(tasks: Tasks) -> dict:
     way = int(tasks.support_labels.max()) + 1
     return {"tasks": n, "queries": queries, "way": way, "shot": tasks.support.shape[1] // way}
 
-def budget_of(run: Run) -> dict:
+def budget_of(
+    run: Run,
+    cached: tuple = (),  # its stages that train on stored features
+) -> dict:
     "What a run's training costs."
-    steps = sum(recipe.steps for recipe in run.recipes.values())
-    return {"seed": run.seed, "recipe": recipe_name(run.recipe), "steps": steps, "images": images_seen(run)}
+    return {
+        "seed": run.seed,
+        "recipe": recipe_name(run.recipe),
+        "steps": sum(recipe.steps for recipe in run.recipes.values()),
+        "images": images_seen(run, cached),
+    }
 
 # %% ../nbs/17_experiment.ipynb #15815c32
 def metrics_of(
@@ -413,7 +424,7 @@ def metrics_of(
         "accuracy": round(mean, 4),
         "ci95": round(half, 4),
         **tasks_in_numbers(tasks),
-        **budget_of(run),
+        **budget_of(run, net.cached),
         "parameters": network_size(net),
         "weights_sha256": weights_digest(net),
         "tasks_sha256": tasks_digest(tasks),
