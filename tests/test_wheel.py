@@ -8,7 +8,8 @@ from conftest import ROOT
 from stanet.weights import from_pretrained
 
 UV = shutil.which("uv") or ROOT / ".uv" / "bin" / "uv"
-SMALL, LARGE, OTHER = "omniglot-5w1s-stanet3", "mini-5w1s-stanet1-resnet12-long", "mini-5w1s-stanet3-resnet12-long"
+SMALL, LARGE = "omniglot-5w1s-stanet3", "mini-5w1s-stanet1-resnet12-long"
+OTHER = "mini-5w1s-stanet3-resnet12-long"
 BLOCKED = "http://127.0.0.1:9"  # a port where nobody listens
 
 PREDICT = """
