@@ -53,9 +53,10 @@ def test_the_file_answers_as_predict(method, tmp_path):
     opened = session(exported.path)
     assert exported.difference < TOLERANCE == 1e-5
     size, channels = net.config["size"], net.config["channels"]
-    tasks = [(range(net.way), 4)]
-    if not exported.only: tasks += [([0, 2, 2, 1, 1, 1, 3, 4], 1), ([*range(net.way)] * 4, 7)]
-    if net.any_way: tasks.append((range(net.way + 3), 2))
+    way = min(net.way, 5)  # Qiao's training tasks have 64
+    tasks = [(range(way), 4)]
+    if not exported.only: tasks += [([0, 2, 2, 1, 1, 1, 3, 4], 1), ([*range(way)] * 4, 7)]
+    if net.any_way: tasks.append((range(way + 3), 2))
     for labels, n_query in tasks:
         support, query = pictures(len(labels), channels, 0), pictures(n_query, channels, 1)
         expected = exact.predict(support, labels, query).numpy()

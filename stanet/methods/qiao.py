@@ -62,7 +62,7 @@ def class_activations(
     mean_share: float = 1.0,   # chance of the mean; else the first image of a class
 ):  # -> (B, way, d)
     "What shows each class: the mean of its activations, or one of them. There are as many as labels say."
-    tasks, way = len(labels), int(labels.max()) + 1
+    tasks, way = len(labels), labels.max().item() + 1
     task = torch.arange(tasks, device=labels.device)[:, None]
     of_class = (way * task + labels.long()).flatten()        # (B S,), a number for each class of each task
     rows, order = support.flatten(0, 1), of_class.argsort(stable=True)
@@ -96,7 +96,8 @@ class Qiao(Method):
     def embed(self, images):  # (n, c, h, w) in [0, 1] -> (n, n_ch, 1, 1)
         "The activations: rectified feature maps, averaged over their sites."
         maps = F.relu(super().embed(images))
-        return maps.float().mean((-2, -1), keepdim=True)
+        precise = torch.promote_types(maps.dtype, torch.float32)  # bfloat16 is too coarse for sums
+        return maps.mean((-2, -1), keepdim=True, dtype=precise)
 
     def classify(self, support, labels, query):
         "Logits `(B, Q, way)`: the queries' activations times the predicted weights."
