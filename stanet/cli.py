@@ -416,6 +416,8 @@ def _data_for(run) -> Pack:
 _Changes = Annotated[list[str] | None, typer.Argument(help="fields of a try, as field=value")]
 _INDUCTIVE = "answer each query without the others, where the method's authors don't"
 _Inductive = Annotated[bool, typer.Option("--inductive", help=_INDUCTIVE)]
+_NEAREST = "ask the embedding alone: the nearest mean of pooled maps answers, without the method's head"
+_Nearest = Annotated[bool, typer.Option("--nearest", help=_NEAREST)]
 
 @app.command("train")
 def train_command(key: _Key):
@@ -460,10 +462,10 @@ def campaign_command(
 
 # %% ../nbs/20_cli.ipynb #2e349698
 @app.command("test")
-def test_command(key: _Key, tasks: _Tasks, inductive: _Inductive = False):
+def test_command(key: _Key, tasks: _Tasks, inductive: _Inductive = False, nearest: _Nearest = False):
     "Test the stored weights of the run KEY on the task set TASKS."
     params = load_params(thorough=False)
-    job = Test(find_run(key).key, tasks, inductive)
+    job = Test(find_run(key).key, tasks, inductive, nearest)
     _check_task_set(tasks, params.task_sets)
     with interruptible(f"stanet test {key} {tasks}"): metrics = run_test(job, params)
     accuracy = f"{metrics['accuracy']:.2f} ± {metrics['ci95']:.2f} %"

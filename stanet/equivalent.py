@@ -75,8 +75,9 @@ def code_of(job: dict) -> str:
     from stanet import fingerprints
     of = fingerprint_here()
     if job["kind"] == "training": return fingerprints.training_code(run_of(job), of)
-    if job["kind"] == "test": return fingerprints.test_code(run_of(job), set_of(job), of)
-    return fingerprints.tasks_code(set_of(job), of)
+    if job["kind"] == "tasks": return fingerprints.tasks_code(set_of(job), of)
+    nearest = {"nearest": True} if job["nearest"] else {}  # older revisions don't know it
+    return fingerprints.test_code(run_of(job), set_of(job), of, **nearest)
 
 # %% ../nbs/18_equivalent.ipynb #21373854
 def sha_of(tensor) -> str:
@@ -134,6 +135,7 @@ def tested(job: dict) -> dict:
     from stanet.splits import make_split
     from stanet.weights import from_pretrained
     t, net = set_of(job), from_pretrained(run_of(job).key)
+    if job["nearest"]: net = evaluation.NearestMean(net)
     names = make_split(t.split, pack_of(t.pack)).test
     few = fewer_images(pack_of(t.pack), names, t.shot + 4)
     if getattr(t, "size", 0): few = experiment.scaled_images(few, names, t.size)
@@ -317,7 +319,7 @@ def _training_job(run: Run, card: dict, steps=None, precision=None) -> dict:
 
 def _test_job(test: Test, params: Params) -> dict:
     job = _of_run(params.runs[test.run]) | _of_set(test.task_set, params.task_sets[test.task_set])
-    return job | {"kind": "test", "inductive": test.inductive}
+    return job | {"kind": "test", "inductive": test.inductive, "nearest": test.nearest}
 
 # %% ../nbs/18_equivalent.ipynb #814a5205
 def _jobs(params: Params, cards: dict, steps=None, precision=None) -> dict:  # name -> job

@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 from PIL import Image
 from .episodes import Tasks, draw_task_set, load_tasks, resized, save_tasks, tasks_digest
-from .evaluation import accuracy, answer, count_correct, embed_images, errors_of
+from .evaluation import NearestMean, accuracy, answer, count_correct, embed_images, errors_of
 from .fingerprints import code_fingerprint, training_code
 from .method import Method, build, network_size
 from .packs import Pack, atomic, class_parents, digest, load_pack, pack_digest, select
@@ -420,6 +420,7 @@ def metrics_of(
         "run": run.key,
         "test": job.task_set,
         "inductive": job.inductive,
+        **({"nearest": True} if job.nearest else {}),
         "method": run.method,
         "accuracy": round(mean, 4),
         "ci95": round(half, 4),
@@ -473,7 +474,8 @@ def run_test(job: Test, params: Params) -> dict:
     net, pack = stored_network(run), load_data(t.pack)
     tasks = task_set(job.task_set, t, pack)
     if t.size: pack = scaled_images(pack, make_split(t.split, pack).test, t.size)
-    errors = errors_of(test(net, pack, tasks, t.split, job.inductive), tasks)
+    asked = NearestMean(net) if job.nearest else net
+    errors = errors_of(test(asked, pack, tasks, t.split, job.inductive), tasks)
     return record_test(run, net, job, errors, tasks, params.keeps_answers(job.name))
 
 # %% ../nbs/17_experiment.ipynb #18a9648d

@@ -194,6 +194,8 @@ def _program(net: Method, fixed: bool):  # -> torch.onnx.ONNXProgram
     with torch.no_grad(), Traceable():
         module(*_example(net, way, shot, 3))  # draws the orders
         program = torch.onnx.export(module, inputs, dynamic_shapes=shapes, **options)
+    classes = program.model.graph.outputs[0].shape
+    if not isinstance(classes[1], int): classes[1] = "way"
     program.model.metadata_props["stanet"] = json.dumps(net.config, sort_keys=True)
     return program
 

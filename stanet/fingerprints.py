@@ -341,12 +341,14 @@ def test_code(
     run: Run,           # is tested
     test_set: TaskSet,  # on these tasks
     of=fingerprint,     # makes a fingerprint from roots
+    nearest=False,      # by the nearest mean of its embedding
 ) -> str:
     "The fingerprint of the code that tests `run` on `test_set`."
     counted = ("method.build", "evaluation.errors_of", "evaluation.accuracy")  # before and after the answers
     split = f"splits.{test_set.split}_split"
     scaled = ("experiment.scaled_images",) if test_set.size else ()
-    return of(("experiment.test", *scaled, *counted, "parameters.Run", split, *_parts_of(run)))
+    head = ("evaluation.NearestMean",) if nearest else ()
+    return of(("experiment.test", *scaled, *head, *counted, "parameters.Run", split, *_parts_of(run)))
 
 def tasks_code(test_set: TaskSet, of=fingerprint) -> str:
     "The fingerprint of the code that draws `test_set`."
@@ -462,8 +464,9 @@ def test_fingerprint(
         "inductive": test.inductive,
         "answers": params.keeps_answers(test.name),
     }
+    if test.nearest: values["nearest"] = True
     if task_set.size: values["size"] = task_set.size
-    code = test_code(run, task_set, of)
+    code = test_code(run, task_set, of, test.nearest)
     return canonical(code, rows=rows) + _hash(values)
 
 # %% ../nbs/16_fingerprints.ipynb #0c69d35d
@@ -499,7 +502,7 @@ def _test_stage(t: Test, params: Params) -> dict:
         "set": t.task_set,
         "pack": params.task_sets[t.task_set].pack,
         "folder": t.folder,
-        "arguments": f"{t.run} {t.task_set}" + " --inductive" * t.inductive,
+        "arguments": f"{t.run} {t.task_set}" + " --inductive" * t.inductive + " --nearest" * t.nearest,
     }
 
 def _cells(params: Params) -> dict:  # NAME-in-REPORT -> what its stage needs

@@ -19,6 +19,7 @@ import yaml
 import stanet, stanet.embedding, stanet.splits
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, create_model
 from safetensors import SafetensorError, safe_open
+from .evaluation import NearestMean
 from .method import Method, added, build, find_method, known_methods, renamed
 from .packs import Pack, in_one_line
 from .splits import Split, make_split
@@ -154,16 +155,22 @@ class Test(NamedTuple):
     run: str       # its key
     task_set: str  # its name
     inductive: bool = False
+    nearest: bool = False  # the nearest mean of its embedding answers
+
+    @property
+    def kind(self) -> str:
+        "What stands behind the name of the task set: -inductive, -nearest or nothing."
+        return "-inductive" * self.inductive + "-nearest" * self.nearest
 
     @property
     def name(self) -> str:
-        "RUN-on-SET, with -inductive behind it if it is."
-        return f"{self.run}-on-{self.task_set}" + "-inductive" * self.inductive
+        "RUN-on-SET, with its kind behind it."
+        return f"{self.run}-on-{self.task_set}{self.kind}"
 
     @property
     def folder(self) -> str:
         "Where its results are kept, from the project's folder."
-        return f"runs/{self.run}/tests/{self.task_set}" + "-inductive" * self.inductive
+        return f"runs/{self.run}/tests/{self.task_set}{self.kind}"
 
 # %% ../nbs/15_parameters.ipynb #d2428060
 class _Label(BaseModel):
@@ -173,6 +180,7 @@ class _Label(BaseModel):
     backbone: str = Field("", description="the embedding network, as the table prints it")
     dataset: str = Field("", description="the data, as the table prints them")
     inductive: bool = Field(False, description="each query alone, where answers depend on the other queries")
+    nearest: bool = Field(False, description="the nearest mean of the embedding answers, not the head")
     paper: _Percent | None = Field(None, description="the paper's accuracy in percent")
     paper_ci: _Percent | None = Field(None, description="half of its interval")
 
@@ -388,8 +396,8 @@ _GRIDS = ("task_sets", "runs")  # sections whose entries may have a `for`
 def _name_problem(name) -> str:  # empty if there is none
     if not isinstance(name, str) or not NAME.fullmatch(name):
         return "a name is made of lowercase letters, digits, - and _"
-    if "-on-" in name or name.endswith("-inductive"):
-        return "-on- and -inductive are parts of the names of tests"
+    if "-on-" in name or name.endswith(("-inductive", "-nearest")):
+        return "-on-, -inductive and -nearest are parts of the names of tests"
     return ""
 
 def _expanded(
@@ -1034,8 +1042,14 @@ def test_problems(
 ):  # yields field, why
     "Why the run can't be tested on the task set `t` in this way, whatever the images are."
     kind = find_method(run.method)
-    if cell.inductive and not kind.transductive:
-        yield "inductive", f"with {run.method} no answer depends on the other queries"
+    if cell.inductive and (cell.nearest or not kind.transductive):
+        how = "the nearest mean" if cell.nearest else run.method
+        yield "inductive", f"with {how} no answer depends on the other queries"
+    if cell.nearest:
+        described, _ = _described(run)
+        try: NearestMean(build_on_meta(json.loads(described)))
+        except ValueError as error: yield "nearest", str(error)
+        return
     if t.way != run.way and not kind.any_way:
         trained = f"runs.{run.key} is trained for {run.way} and {run.method} takes no other number"
         yield "task_set", f"{cell.task_set} has {t.way} ways, but {trained}"
@@ -1104,7 +1118,8 @@ def _test_fits(
     refused = dict(test_problems(draft.run, cell, t))
     for field, why in refused.items():
         yield f"{place}.{field}: {why}"
-    if "task_set" not in refused and thorough and draft.fits:
+    asks_head = not cell.nearest and "task_set" not in refused
+    if asks_head and thorough and draft.fits:
         yield from _images_fit(place, cell.task_set, draft, t)
 
 # %% ../nbs/15_parameters.ipynb #5d0c1a23
@@ -1139,7 +1154,7 @@ def _row(
 ) -> tuple[Row | None, list, list]:  # the row, its tests, a line for every problem
     entries, found = _row_entries(place, fields)
     if found or None in entries: return None, [], found
-    tests = [Test(e.run or "", e.task_set, e.inductive) for e in entries]
+    tests = [Test(e.run or "", e.task_set, e.inductive, e.nearest) for e in entries]
     kinds = _kinds_of_tasks(entries, sets)
     if not kinds: return None, tests, found
     if len(kinds) > 1:
@@ -1157,7 +1172,7 @@ class ReportEntry(BaseModel):
     answers: bool = False
     rows: list[dict]
 
-_SHOWN = ("method", "variant", "backbone", "dataset", "way", "shot", "inductive")
+_SHOWN = ("method", "variant", "backbone", "dataset", "way", "shot", "inductive", "nearest")
 
 def _duplicates(name: str, rows: dict):  # of number -> Row; yields a line for each
     labels, cells = {}, {}

@@ -50,7 +50,8 @@ def mean_of(found: list) -> tuple[float, float]:  # metrics of tests -> accuracy
 
 # %% ../nbs/19_tables.ipynb #7c1be505
 def protocol_of(row, found: list) -> str:
-    "`inductive` or `transductive` where a row must say it, else nothing."
+    "`inductive`, `transductive` or `nearest mean` where a row must say it, else nothing."
+    if row.nearest: return "nearest mean"
     if row.inductive: return "inductive"
     for metrics in found:
         if not metrics["inductive"] and find_method(metrics["method"]).transductive: return "transductive"
