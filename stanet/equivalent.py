@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SIDE', 'ANY_VALUE', 'STEPS', 'USUAL_STEPS', 'LARGE', 'COMPARED', 'own_tree', 'params_here', 'found_in', 'run_of',
            'set_of', 'shortened', 'fingerprint_here', 'code_of', 'sha_of', 'answers_of', 'pack_of', 'trained',
-           'fewer_images', 'tested', 'drawn', 'done', 'tried', 'one_side', 'script', 'git', 'old_tree', 'new_tree',
-           'started', 'next_answer', 'both_sides', 'difference', 'active_options', 'Candidate', 'covering',
-           'equivalent']
+           'fewer_images', 'tested', 'drawn', 'done', 'tried', 'end_with_parent', 'one_side', 'script', 'git',
+           'old_tree', 'new_tree', 'started', 'next_answer', 'both_sides', 'difference', 'active_options', 'Candidate',
+           'covering', 'equivalent']
 
 # %% ../nbs/18_equivalent.ipynb #44409e06
 import csv, functools, inspect, itertools, json, os, shutil, subprocess, sys, tempfile
@@ -161,20 +161,29 @@ def tried(work, job: dict) -> dict:
     try: return {"result": work(job)}
     except Exception as error: return {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
 
+def end_with_parent():
+    "End this process when its input is closed, as it is when the one that started it has been killed."
+    import threading
+    def wait():
+        sys.stdin.read()
+        os._exit(1)
+    threading.Thread(target=wait, daemon=True).start()
+
 def one_side(jobs: str, work: str):
     "Do the jobs in the file `jobs` and print an answer a line; what a training prints goes elsewhere."
     own_tree()
+    end_with_parent()
     answers, sys.stdout = sys.stdout, sys.stderr
     for job in json.loads(Path(jobs).read_text(encoding="utf-8")):
         print(json.dumps(tried(globals()[work], job)), file=answers, flush=True)
 
 # %% ../nbs/18_equivalent.ipynb #98c989b1
 SIDE = (own_tree, params_here, found_in, run_of, set_of, shortened, fingerprint_here, code_of, sha_of,
-        answers_of, pack_of, trained, fewer_images, tested, drawn, done, tried, one_side)
+        answers_of, pack_of, trained, fewer_images, tested, drawn, done, tried, end_with_parent, one_side)
 
 def script() -> str:
     "The program that each side runs."
-    head = "import functools, json, sys\nfrom pathlib import Path\n"
+    head = "import functools, json, os, sys\nfrom pathlib import Path\n"
     parts = [inspect.getsource(inspect.unwrap(f)) for f in SIDE]
     return "\n".join([head, *parts, "one_side(*sys.argv[1:])\n"])
 
@@ -223,12 +232,14 @@ def started(tree: Path, work: str, jobs: list):
     alike = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1"}
     env = os.environ | alike | {"PYTHONPATH": str(tree)}
     command = [sys.executable, str(program), str(listed), work]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with open(tree.parent / f"{tree.name}.txt", "w", encoding="utf-8") as said:
-        side = subprocess.Popen(command, cwd=tree, env=env, stdout=subprocess.PIPE, stderr=said, text=True)
+        side = subprocess.Popen(command, cwd=tree, env=env, stderr=said, **pipes)
     try: yield side
     finally:
         side.kill()
         side.wait()
+        side.stdin.close()
         side.stdout.close()
 
 def next_answer(side: subprocess.Popen, tree: Path) -> dict:
