@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SIDE', 'ANY_VALUE', 'STEPS', 'USUAL_STEPS', 'LARGE', 'COMPARED', 'own_tree', 'params_here', 'found_in', 'run_of',
-           'set_of', 'shortened', 'fingerprint_here', 'code_of', 'sha_of', 'answers_of', 'pack_of', 'trained',
-           'fewer_images', 'tested', 'drawn', 'done', 'tried', 'end_with_parent', 'one_side', 'script', 'git',
+           'set_of', 'shortened', 'fingerprint_here', 'code_of', 'sha_of', 'answers_of', 'pack_of', 'fewer_images',
+           'shown_to', 'trained', 'tested', 'drawn', 'done', 'tried', 'end_with_parent', 'one_side', 'script', 'git',
            'old_tree', 'new_tree', 'started', 'next_answer', 'both_sides', 'difference', 'active_options', 'Candidate',
            'covering', 'equivalent']
 
@@ -94,7 +94,8 @@ def answers_of(net, run, pack, n: int = 20) -> dict:
     from stanet.packs import select
     from stanet.splits import make_split
     unseen = select(pack, make_split(run.split, pack).test)
-    tasks = draw_task_set(unseen.labels, run.way, run.shot, 5, n, 1, unseen.classes)
+    way, shot = (min(run.way, 5), min(run.shot, 5)) if net.any_way else (run.way, run.shot)
+    tasks = draw_task_set(unseen.labels, way, shot, 5, n, 1, unseen.classes)
     used = torch.cat([tasks.support, tasks.query], 1).long().unique()
     maps = embed_images(net, unseen.images[used])
     support, query = (maps[torch.searchsorted(used, t.long())] for t in (tasks.support, tasks.query))
@@ -109,17 +110,6 @@ def pack_of(name: str):
     from stanet.parameters import pack_path
     return load_pack(pack_path(name))
 
-def trained(job: dict) -> dict:
-    "Train a job's run for its steps: digests of the weights, the history as text, logits and answers."
-    from stanet.experiment import fit
-    run = shortened(run_of(job), job["steps"], job["precision"])
-    pack = pack_of(run.pack)
-    net, history, _ = fit(run, pack)
-    weights = {name: sha_of(t) for name, t in net.state_dict().items()}
-    columns = {c: [repr(v) for v in history[c].tolist()] for c in history.columns}
-    return {"weights": weights, "history": columns} | answers_of(net, run, pack)
-
-# %% ../nbs/18_equivalent.ipynb #99f12aad
 def fewer_images(pack, names: list, n: int):
     "The pack with the first `n` images of each of the classes `names`, and no others."
     import dataclasses, torch
@@ -127,6 +117,24 @@ def fewer_images(pack, names: list, n: int):
     rows = torch.cat([torch.nonzero(pack.labels == c).flatten()[:n] for c in wanted])
     return dataclasses.replace(pack, images=pack.images[rows], labels=pack.labels[rows], boxes=None)
 
+def shown_to(run, pack):
+    "The pack for a training; of a method that trains on stored features, which embeds all, with few images."
+    from stanet.method import find_method
+    if not getattr(find_method(run.method), "cached", ()): return pack
+    queries = max(recipe.query for recipe in run.recipes.values())
+    return fewer_images(pack, pack.classes, max(32, run.shot + queries))
+
+def trained(job: dict) -> dict:
+    "Train a job's run for its steps: digests of the weights, the history as text, logits and answers."
+    from stanet.experiment import fit
+    run = shortened(run_of(job), job["steps"], job["precision"])
+    pack = pack_of(run.pack)
+    net, history, _ = fit(run, shown_to(run, pack))
+    weights = {name: sha_of(t) for name, t in net.state_dict().items()}
+    columns = {c: [repr(v) for v in history[c].tolist()] for c in history.columns}
+    return {"weights": weights, "history": columns} | answers_of(net, run, pack)
+
+# %% ../nbs/18_equivalent.ipynb #99f12aad
 def tested(job: dict) -> dict:
     "The answers of a job's run to 20 tasks like those of its task set, and how many are correct in each."
     from stanet import evaluation, experiment
@@ -179,7 +187,8 @@ def one_side(jobs: str, work: str):
 
 # %% ../nbs/18_equivalent.ipynb #98c989b1
 SIDE = (own_tree, params_here, found_in, run_of, set_of, shortened, fingerprint_here, code_of, sha_of,
-        answers_of, pack_of, trained, fewer_images, tested, drawn, done, tried, end_with_parent, one_side)
+        answers_of, pack_of, fewer_images, shown_to, trained, tested, drawn, done, tried,
+        end_with_parent, one_side)
 
 def script() -> str:
     "The program that each side runs."
