@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SIDE', 'ANY_VALUE', 'STEPS', 'USUAL_STEPS', 'LARGE', 'COMPARED', 'own_tree', 'params_here', 'found_in', 'run_of',
            'set_of', 'shortened', 'fingerprint_here', 'code_of', 'sha_of', 'answers_of', 'pack_of', 'fewer_images',
-           'shown_to', 'trained', 'tested', 'drawn', 'done', 'tried', 'end_with_parent', 'one_side', 'script', 'git',
-           'old_tree', 'new_tree', 'started', 'next_answer', 'both_sides', 'difference', 'active_options', 'Candidate',
-           'covering', 'equivalent']
+           'shown_to', 'trained', 'network_of', 'tested', 'drawn', 'done', 'tried', 'end_with_parent', 'one_side',
+           'script', 'git', 'old_tree', 'new_tree', 'started', 'next_answer', 'both_sides', 'difference',
+           'active_options', 'Candidate', 'covering', 'equivalent']
 
 # %% ../nbs/18_equivalent.ipynb #44409e06
 import csv, functools, inspect, itertools, json, os, shutil, subprocess, sys, tempfile
@@ -135,14 +135,20 @@ def trained(job: dict) -> dict:
     return {"weights": weights, "history": columns} | answers_of(net, run, pack)
 
 # %% ../nbs/18_equivalent.ipynb #99f12aad
+def network_of(run):
+    "The stored network of a run, or an untrained one where its weights are not here."
+    from stanet import experiment
+    from stanet.weights import from_pretrained
+    try: return from_pretrained(run.key)
+    except FileNotFoundError: return experiment.prepare(run, pack_of(run.pack))[0].eval()
+
 def tested(job: dict) -> dict:
     "The answers of a job's run to 20 tasks like those of its task set, and how many are correct in each."
     from stanet import evaluation, experiment
     from stanet.episodes import draw_task_set
     from stanet.packs import select
     from stanet.splits import make_split
-    from stanet.weights import from_pretrained
-    t, net = set_of(job), from_pretrained(run_of(job).key)
+    t, net = set_of(job), network_of(run_of(job))
     if job["nearest"]: net = evaluation.NearestMean(net)
     names = make_split(t.split, pack_of(t.pack)).test
     few = fewer_images(pack_of(t.pack), names, t.shot + 4)
@@ -187,7 +193,7 @@ def one_side(jobs: str, work: str):
 
 # %% ../nbs/18_equivalent.ipynb #98c989b1
 SIDE = (own_tree, params_here, found_in, run_of, set_of, shortened, fingerprint_here, code_of, sha_of,
-        answers_of, pack_of, fewer_images, shown_to, trained, tested, drawn, done, tried,
+        answers_of, pack_of, fewer_images, shown_to, trained, network_of, tested, drawn, done, tried,
         end_with_parent, one_side)
 
 def script() -> str:
