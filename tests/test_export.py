@@ -94,10 +94,10 @@ def test_a_file_that_answers_otherwise_is_not_kept(tmp_path, monkeypatch):
         return Program()
     monkeypatch.setattr(export, "_program", small_program)
     monkeypatch.setattr(export, "session", lambda path: None)
-    monkeypatch.setattr(export, "difference", lambda *_: 0.2)
+    monkeypatch.setattr(export, "difference", lambda *_, **__: 0.2)
     with pytest.raises(ValueError, match="not kept, as it answers by 2.0e-01 otherwise than predict"):
         to_onnx(net, tmp_path / "net.onnx")
-    monkeypatch.setattr(export, "difference", lambda *_: float("nan"))
+    monkeypatch.setattr(export, "difference", lambda *_, **__: float("nan"))
     with pytest.raises(ValueError, match="not kept"): to_onnx(net, tmp_path / "net.onnx")
     assert [p.name for p in tmp_path.iterdir()] == ["net.onnx"]
     assert (tmp_path / "net.onnx").read_text() == "what was there before"
