@@ -115,7 +115,8 @@ def test_test_is_complete(place):
     folder = ROOT / "runs" / place
     assert {p.name for p in folder.iterdir()} == {"metrics.json", "answers.npz"}
     metrics, correct = json.loads((folder / "metrics.json").read_text()), read_correct(folder)
-    test = RunOnSet(metrics["run"], metrics["test"], metrics["inductive"])
+    kind = metrics["inductive"], metrics.get("nearest", False)
+    test = RunOnSet(metrics["run"], metrics["test"], *kind)
     assert place == test.folder.removeprefix("runs/")
     assert len(correct) == metrics["tasks"]
     assert abs(100 * correct.mean() / metrics["queries"] - metrics["accuracy"]) < 1e-3
