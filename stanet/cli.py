@@ -467,7 +467,7 @@ def test_command(key: _Key, tasks: _Tasks, inductive: _Inductive = False, neares
     params = load_params(thorough=False)
     job = Test(find_run(key).key, tasks, inductive, nearest)
     _check_task_set(tasks, params.task_sets)
-    with interruptible(f"stanet test {key} {tasks}"): metrics = run_test(job, params)
+    with interruptible(f"stanet test {job.arguments}"): metrics = run_test(job, params)
     accuracy = f"{metrics['accuracy']:.2f} ± {metrics['ci95']:.2f} %"
     print(f"{job.name}: {accuracy} over {metrics['tasks']:,} tasks")
 

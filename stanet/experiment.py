@@ -292,11 +292,11 @@ PART = 250  # tasks
 
 def answered(
     net: Method,
-    maps: torch.Tensor,      # (n, ...) of all test images
+    maps: torch.Tensor,        # (n, ...) of all test images
     tasks: Tasks,
-    kept: Path | None = None,# file of the first answers: read, and written again
-    seconds: float = 30.0,   # between two times
-) -> torch.Tensor:           # int8 (n_tasks, Q)
+    kept: Path | None = None,  # file of the first answers: read, and written again
+    seconds: float = 30.0,     # between two times
+) -> torch.Tensor:             # int8 (n_tasks, Q)
     "`answer`, part by part, going on from those in the file `kept`."
     n, parts, clock = len(tasks.support), [], time.monotonic()
     if kept and kept.is_file(): parts.append(torch.from_numpy(np.load(kept)))
@@ -316,12 +316,12 @@ def _keep_answers(found, path: Path, n: int):  # of n tasks
 
 # %% ../nbs/17_experiment.ipynb #7fd5f1c4
 def test(
-    net: Method,             # as it is stored
-    pack: Pack,              # the data of the tasks
-    tasks: Tasks,            # indices into the test images of the split
-    split: str,              # whose test classes
-    inductive: bool = False, # answer each query without the others
-    kept: Path | None = None,# file of what is answered while the test runs
+    net: Method,               # as it is stored
+    pack: Pack,                # the data of the tasks
+    tasks: Tasks,              # indices into the test images of the split
+    split: str,                # whose test classes
+    inductive: bool = False,   # answer each query without the others
+    kept: Path | None = None,  # file of what is answered while the test runs
 ) -> torch.Tensor:  # int8 (n_tasks, Q)
     "The network's answers to the test tasks."
     unseen = select(pack, make_split(split, pack).test)

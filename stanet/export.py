@@ -169,7 +169,7 @@ def _quiet():
 INPUTS = ("support", "labels", "query")
 OPSET = 18  # of ONNX's operations: known to every runtime since 2023
 
-def _tried(net: Method, fixed: bool) -> tuple:  # (way, shot)
+def _trial_size(net: Method, fixed: bool) -> tuple:  # (way, shot)
     "Of the tasks on which a file is made and tried: as in training, or smaller where the network takes any."
     way = min(net.way, 5) if net.any_way else net.way
     return way, net.shot if fixed else min(net.shot, 5)
@@ -184,7 +184,7 @@ def _example(net: Method, way: int, shot: int, queries: int) -> tuple:  # suppor
 
 def _program(net: Method, fixed: bool):  # -> torch.onnx.ONNXProgram
     "The network written down; `fixed`: for as many support images as in training."
-    module, (way, shot) = Predictor(net), _tried(net, fixed)
+    module, (way, shot) = Predictor(net), _trial_size(net, fixed)
     n, q = torch.export.Dim("S", min=2), torch.export.Dim("Q")
     of_support = None if fixed else {0: n}
     names = ["probabilities", *(MAPS if hasattr(net, "attend") else ())]
@@ -227,13 +227,14 @@ def _as_pictures(images) -> list:  # (n, C, h, w) in [0, 1] -> PIL images
 
 def difference(
     net: Method,
-    opened,      # its file, from `session`
+    opened,       # its file, from `session`
     fixed: bool,  # it takes as many support images as in training
 ) -> float:
     "The largest difference between a file's probabilities and those of `predict` in double precision."
     exact, found = copy.deepcopy(net).double(), 0.0
-    way, shot = _tried(net, fixed)
-    for shot in [shot] if fixed else [shot, shot + 2]:
+    way, shot = _trial_size(net, fixed)
+    shots = [shot] if fixed else [shot, shot + 2]
+    for shot in shots:
         support, labels, query = _example(net, way, shot, queries=2 * shot)
         expected = exact.predict(_as_pictures(support), labels, _as_pictures(query)).numpy()
         given = answers(opened, support, labels, query)["probabilities"]

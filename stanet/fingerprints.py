@@ -502,7 +502,7 @@ def _test_stage(t: Test, params: Params) -> dict:
         "set": t.task_set,
         "pack": params.task_sets[t.task_set].pack,
         "folder": t.folder,
-        "arguments": f"{t.run} {t.task_set}" + " --inductive" * t.inductive + " --nearest" * t.nearest,
+        "arguments": t.arguments,
     }
 
 def _cells(params: Params) -> dict:  # NAME-in-REPORT -> what its stage needs

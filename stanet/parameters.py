@@ -163,6 +163,11 @@ class Test(NamedTuple):
         return "-inductive" * self.inductive + "-nearest" * self.nearest
 
     @property
+    def arguments(self) -> str:
+        "Those of the command `stanet test`."
+        return f"{self.run} {self.task_set}" + " --inductive" * self.inductive + " --nearest" * self.nearest
+
+    @property
     def name(self) -> str:
         "RUN-on-SET, with its kind behind it."
         return f"{self.run}-on-{self.task_set}{self.kind}"
@@ -1068,11 +1073,11 @@ def _seen_classes(run: Run, t: TaskSet) -> int:  # test classes that the run tra
 # %% ../nbs/15_parameters.ipynb #f23c2c6f
 def _images_fit(
     place: str,    # of the row
-    name: str,     # of the task set
+    cell: Test,    # in the row
     draft: Draft,  # the run
     t: TaskSet,    # on which it is tested
 ):  # yields a line for each problem
-    run, place = draft.run, f"{place}.task_set"
+    run, name, place = draft.run, cell.task_set, f"{place}.task_set"
     seen = _seen_classes(run, t)
     if seen:
         yield f"{place}: {seen} test classes of {name} are training classes of runs.{run.key}"
@@ -1085,7 +1090,8 @@ def _images_fit(
         those = f"those that runs.{run.key} is trained on {trained}"
         yield f"{place}: the images of {name} have {channels} channels, {those}"
         return
-    why = _why_not(described, shape, t.way, t.shot)
+    way, shot = (run.way, run.shot) if cell.nearest else (t.way, t.shot)  # the nearest mean takes any
+    why = _why_not(described, shape, way, shot)
     if why:
         yield f"{place}: runs.{run.key} can't be tested on {name}: {why}"
 
@@ -1118,9 +1124,8 @@ def _test_fits(
     refused = dict(test_problems(draft.run, cell, t))
     for field, why in refused.items():
         yield f"{place}.{field}: {why}"
-    asks_head = not cell.nearest and "task_set" not in refused
-    if asks_head and thorough and draft.fits:
-        yield from _images_fit(place, cell.task_set, draft, t)
+    if "task_set" not in refused and thorough and draft.fits:
+        yield from _images_fit(place, cell, draft, t)
 
 # %% ../nbs/15_parameters.ipynb #5d0c1a23
 _IN_ROWS = ("run", "task_set", "for")  # fields of a row that its `for` is about
