@@ -361,10 +361,10 @@ def _files_of(report: Path) -> str:
     made = f"{cfg.git_url}/blob/{cfg.branch}/nbs/results/{report.name}"
     return f"Files: {forms}; the [notebook]({made}) that made them."
 
-def _printing_cell(cells: list) -> int:  # its place: that which shows `wide(table)`, or the last
+def _printing_cell(cells: list) -> int | None:  # the place of that which shows `wide(table)`
     for i, cell in enumerate(cells):
         if re.search(r"^wide\(\w+\)$", cell.source, re.M): return i
-    return len(cells) - 1
+    return None
 
 # %% ../nbs/project/site.ipynb #00044591
 def report_page(path: Path) -> list:  # cells
@@ -375,9 +375,10 @@ def report_page(path: Path) -> list:  # cells
     table = pd.read_csv(path.with_suffix(".csv"))
     at, shown = _printing_cell(cells), _files_of(path)
     if "run" in table:  # else these are the numbers of a figure
-        cells[at].outputs = []
+        if at is not None: cells[at].outputs = []  # the linked table stands there
         shown = printed_table(table) + shown
-    cells.insert(at + 1, mk_cell(shown, "markdown"))
+    after = len(cells) if at is None else at + 1
+    cells.insert(after, mk_cell(shown, "markdown"))
     speaking = [c for c in cells if c.cell_type != "code" or c.outputs]
     return [front(title[1]), *map(folded, speaking)]
 

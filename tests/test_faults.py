@@ -217,7 +217,7 @@ NO_FIT = {
     "cells: there is no such section": lambda p: p.update(cells={}),
     "reports: a mapping is expected (found ['table1'])": lambda p: p.update(reports=["table1"]),
     "runs.a b; rm: a name is made of lowercase letters": more("runs", "a b; rm"),
-    "runs.a-on-b: -on- and -inductive are parts of the names of tests":
+    "runs.a-on-b: -on-, -inductive and -nearest are parts of the names of tests":
         more("runs", "a-on-b", recipe="quick"),
     f"runs.{ONE}.key: the name of the entry is the key": run_with(key="other"),
     f"runs.{ONE}.earlier: the recipes of all stages are named in recipe": run_with(earlier={}),
