@@ -86,7 +86,7 @@ def finish(folder, key):
 
 
 def project(folder):
-    clone(folder)
+    clone(folder, without=("runs/",))
     edit_params(folder, small)
     (folder / "stanet" / "methods" / "twostages.py").write_text(TWO_STAGES)
     return folder
