@@ -520,10 +520,11 @@ IMAGES = {  # pack -> height, width, channels
     "glyphs": (40, 40, 3),
 }
 
+_PACKAGE = Path(stanet.__file__).resolve().parent
+
 def root() -> Path:
     "The project's folder: the nearest one upwards with a `params.yaml`, from here or from the package."
-    package = Path(stanet.__file__).resolve().parent
-    for folder in (Path.cwd(), *Path.cwd().parents, package.parent):
+    for folder in (Path.cwd(), *Path.cwd().parents, _PACKAGE.parent):
         if (folder / "params.yaml").is_file(): return folder
     return Path.cwd()
 
@@ -1023,20 +1024,23 @@ def _branch_size(run: Run) -> int | None:  # classes of its semantic branch; Non
     outline, training = _outline(*_file(run.pack)), set(_split(*_file(run.pack), run.split).train)
     return len({parent for name, parent in zip(outline.classes, outline.parents) if name in training})
 
+@functools.lru_cache
+def _why_not_from(described: str, other: str, key: str) -> str:
+    "Why the network can't begin from the `other`, that of the run `key`; empty if it can."
+    nets = [build_on_meta(json.loads(net)) for net in (described, other)]
+    try: start_from(*nets, key)
+    except ValueError as error:
+        return in_one_line(error).removeprefix("start: ")
+    return ""
+
 def _weights_fit(draft: Draft, other: Draft) -> str:  # why those of `other` don't; empty if they do
     if not draft.fits or not other.fits: return ""
     mine, theirs = _branch_size(draft.run), _branch_size(other.run)
     if mine and theirs and mine != theirs:
         found = f"the semantic branch has {mine} classes here and {theirs} in {other.run.key}"
         return f"{found}; `semantic_weight: 0.0` begins from all other weights and trains without the branch"
-    nets = []
-    for run in (draft.run, other.run):
-        described, _ = _described(run)
-        nets.append(build_on_meta(json.loads(described)))
-    try: start_from(*nets, other.run.key)
-    except ValueError as error:
-        return in_one_line(error).removeprefix("start: ")
-    return ""
+    (described, _), (start, _) = map(_described, (draft.run, other.run))
+    return _why_not_from(described, start, other.run.key)
 
 def _starts_fit(drafts: dict, thorough: bool):  # yields a line for each problem
     for key, draft in drafts.items():
@@ -1054,6 +1058,13 @@ def _starts_fit(drafts: dict, thorough: bool):  # yields a line for each problem
             if why: yield f"{place}: {why}"
 
 # %% ../nbs/15_parameters.ipynb #06c12145
+@functools.lru_cache
+def _why_no_mean(described: str) -> str:
+    "Why the network's embedding has no nearest mean; empty if it has one."
+    try: NearestMean(build_on_meta(json.loads(described)))
+    except ValueError as error: return str(error)
+    return ""
+
 def test_problems(
     run: Run,    # is tested
     cell: Test,  # in this way
@@ -1066,8 +1077,8 @@ def test_problems(
         yield "inductive", f"with {how} no answer depends on the other queries"
     if cell.nearest:
         described, _ = _described(run)
-        try: NearestMean(build_on_meta(json.loads(described)))
-        except ValueError as error: yield "nearest", str(error)
+        why = _why_no_mean(described)
+        if why: yield "nearest", why
         return
     if t.way != run.way and not kind.any_way:
         trained = f"runs.{run.key} is trained for {run.way} and {run.method} takes no other number"

@@ -61,9 +61,16 @@ def project(tmp_path): return clone(tmp_path / "project with space")
 def edit_params(folder, change):
     "Rewrite params.yaml with what `change` does to it."
     path = folder / "params.yaml"
-    params = yaml.safe_load(path.read_text())
+    params = yaml.load(path.read_text(), yaml.CSafeLoader)
     change(params)
-    path.write_text(yaml.safe_dump(params, sort_keys=False))
+    path.write_text(yaml.dump(params, Dumper=yaml.CSafeDumper, sort_keys=False))
+
+
+def leave_only(params, packs: tuple, reports: tuple):
+    "Take out the runs and task sets of other packs and the other reports: all are checked at every change."
+    for section in ("runs", "task_sets"):
+        params[section] = {k: v for k, v in params[section].items() if v["pack"] in packs}
+    params["reports"] = {name: params["reports"][name] for name in reports}
 
 
 def without_power():

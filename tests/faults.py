@@ -600,12 +600,12 @@ def change_yaml(data: bytes, dice: random.Random) -> tuple[bytes, bool | None]:
     in other words (must not), or with changed bytes."""
     kind = dice.choice(["wrong"] * 6 + ["twice", "words", "bytes", "bytes"])
     if kind == "bytes": return changed(data, dice)
-    tree = copy.deepcopy(yaml.safe_load(data.decode()))
+    tree = copy.deepcopy(yaml.load(data.decode(), yaml.CSafeLoader))
     if kind == "words": return other_words(data.decode(), tree, dice).encode(), False
     if kind == "twice": return repeated_line(tree, dice).encode(), True
     kinds, weight = zip(*WRONG)
     spoil, = dice.choices(kinds, weight)
-    return yaml.safe_dump(spoil(tree, dice), sort_keys=False).encode(), True
+    return yaml.dump(spoil(tree, dice), Dumper=yaml.CSafeDumper, sort_keys=False).encode(), True
 
 
 # ---------------------------------------------------------------- the files of a source

@@ -2,11 +2,17 @@
 import json, os, shutil, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor
 import nbformat, pytest
-from conftest import ROOT, edit_params, run
+from conftest import ROOT, clone, edit_params, run
 
 ONE, THREE, GLYPHS = "omniglot-5w1s-stanet1", "omniglot-5w1s-stanet3", "glyphs-5w1s-stanet3"
 GET_OMNIGLOT = "`stanet data download omniglot` or `stanet data import omniglot FOLDER` makes it"
 NO_OMNIGLOT = f"data/omniglot.safetensors is missing; {GET_OMNIGLOT}"
+
+
+@pytest.fixture(scope="module")
+def unchanged(tmp_path_factory):
+    "A project that no command here may change."
+    return clone(tmp_path_factory.mktemp("unchanged") / "project with space")
 
 
 @pytest.mark.parametrize("command, answer", [
@@ -26,10 +32,10 @@ NO_OMNIGLOT = f"data/omniglot.safetensors is missing; {GET_OMNIGLOT}"
     (["tasks", "mini-5w1s"], "data/mini.safetensors is missing; `stanet data import mini FOLDER` makes it"),
     (["fit", ONE], NO_OMNIGLOT),
 ], ids=lambda v: "-".join(v) if isinstance(v, list) else "")
-def test_one_line_of_error(project, command, answer):
-    done = run("stanet", *command, cwd=project, check=False)
+def test_one_line_of_error(unchanged, command, answer):
+    done = run("stanet", *command, cwd=unchanged, check=False)
     assert done.returncode == 1 and answer in done.stderr and len(done.stderr.strip().splitlines()) == 1
-    assert run("git", "status", "--porcelain", "--ignored", cwd=project).stdout == ""
+    assert run("git", "status", "--porcelain", "--ignored", cwd=unchanged).stdout == ""
 
 
 def test_a_test_of_another_way_is_refused(project):

@@ -2,7 +2,7 @@
 import json, re, shutil
 from concurrent.futures import ThreadPoolExecutor
 import nbformat, pytest, yaml
-from conftest import BIN, ROOT, clone_without_lock, edit_params, run
+from conftest import BIN, ROOT, clone_without_lock, edit_params, leave_only, run
 
 SET = "glyphs-5w1s"
 RUNS = [f"{SET}-stanet3", f"{SET}-stanet3-uniform", f"{SET}-protonet"]
@@ -10,10 +10,8 @@ TRAINED = {"model.safetensors", "history.csv", "card.json", "train.ipynb", "test
 
 
 def small(params):
-    "The quickstart alone, and that small: all other runs would be checked again at every change."
-    params["runs"] = {key: params["runs"][key] for key in RUNS}
-    for section, name in (("task_sets", SET), ("reports", "quickstart")):
-        params[section] = {name: params[section][name]}
+    "The quickstart alone, and that small."
+    leave_only(params, ("glyphs",), ("quickstart",))
     small = dict(steps=12, tasks=2, regroupings=2, query=2)
     for name in ("quick", "quick-protonet"): params["recipes"][name].update(small)
     params["task_sets"][SET].update(n=60, query=3)
