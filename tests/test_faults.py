@@ -147,7 +147,7 @@ def test_other_parameters_code_or_data_have_another_state(tmp_path, monkeypatch,
 
 # -- parameters
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(dice=st.randoms(use_true_random=True))
 def test_no_wrong_parameters_pass(tmp_path_factory, dice):
     folder = tmp_path_factory.mktemp("params")
