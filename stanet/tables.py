@@ -363,10 +363,10 @@ def open_report(
 # %% ../nbs/19_tables.ipynb #1a8bc520
 def labels_of(cells: pd.DataFrame) -> list:
     "A short name for each line of a tidy table: what differs from line to line."
-    several = [column for column in ("method", "backbone") if cells[column].nunique() > 1]
+    several = [column for column in ("dataset", "method", "backbone") if cells[column].nunique() > 1]
     labels = []
     for _, cell in cells.iterrows():
-        parts = [cell.dataset, *cell[several], f"{cell.shot}-shot"]
+        parts = [*cell[several], f"{cell.shot}-shot"]
         if not pd.isna(cell.variant): parts.append(cell.variant)
         labels.append(", ".join(parts))
     return labels
@@ -380,16 +380,17 @@ SIDES = {  # whose figure -> how it is drawn: above or below its line, colour, m
 def against_paper(table: pd.DataFrame, title: str = ""):
     "Paper and reproduction side by side, one line a measured row; says so where nothing has been measured."
     cells = table.dropna(subset=["ours"]).reset_index(drop=True)
-    figure, axis = plt.subplots(figsize=(6, 0.8 + 0.36 * max(len(cells), 2)), dpi=80)
+    figure, axis = plt.subplots(figsize=(7.5, 0.9 + 0.28 * max(len(cells), 2)), dpi=80, layout="constrained")
     for side, (offset, colour, marker) in SIDES.items():
         style = dict(fmt=marker, color=colour, label=side, capsize=3)
         axis.errorbar(cells[side], cells.index + offset, xerr=cells[f"{side}_ci"], **style)
     axis.set_yticks(cells.index, labels_of(cells))
     axis.set(xlabel="accuracy (%)", title=title if len(cells) else f"{title}: nothing has been run yet")
+    axis.margins(y=1 / max(len(cells), 2))
     axis.invert_yaxis()
-    figure.tight_layout()
+    axis.grid(axis="x", alpha=0.3)
     handles = axis.get_legend_handles_labels()
-    figure.legend(*handles, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2)
+    figure.legend(*handles, loc="outside lower center", ncols=2)
     return figure
 
 # %% ../nbs/19_tables.ipynb #20fbde1c
