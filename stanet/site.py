@@ -299,7 +299,8 @@ def as_html(printed: pd.DataFrame) -> str:
     return printed.reset_index().to_html(**look)
 
 def _linked_cell(text: str, keys: str) -> str:
-    return linked(text, keys) if keys else f'<span class="absent">{text}</span>'
+    if keys: return linked(text, keys)
+    return f'<span class="absent">{text}</span>' if text else ""
 
 def linked_table(table: pd.DataFrame) -> str:  # the tidy table of a report -> HTML
     "The table as printed, each of our figures a link to its run."
