@@ -376,9 +376,9 @@ def report_page(path: Path) -> list:  # cells
     table = pd.read_csv(path.with_suffix(".csv"))
     at, shown = _printing_cell(cells), _files_of(path)
     if "run" in table:  # else these are the numbers of a figure
-        if at is not None: cells[at].outputs = []  # the linked table stands there
         shown = printed_table(table) + shown
         if at is None: shown = f"## All figures\n\n{shown}"
+        else: cells[at].outputs = []  # the linked table stands there
     after = len(cells) if at is None else at + 1
     cells.insert(after, mk_cell(shown, "markdown"))
     speaking = [c for c in cells if c.cell_type != "code" or c.outputs]

@@ -335,12 +335,14 @@ def images_seen(cards: list):  # cards of trainings -> their images together, or
     each = [recorded(card, "images") for card in cards]
     return UNKNOWN if UNKNOWN in each else sum(each)
 
+def _on_gpu(card: dict) -> bool:
+    names = card.get("device", UNKNOWN).split("; ")
+    return not any(name == UNKNOWN or "thread" in name for name in names)  # a processor has its threads there
+
 def minutes_of(cards: list) -> dict:  # cards of trainings -> minutes by the kind of machine, as in `MINUTES`
-    "How long all these trainings took together, on processors and on GPUs."
+    "How long all these trainings took together; one that moved between both counts as a processor's."
     minutes = dict.fromkeys(MINUTES, 0.0)
-    for card in cards:
-        on_gpu = "NVIDIA" in card.get("device", UNKNOWN)
-        minutes[MINUTES[on_gpu]] += card["training_seconds"] / 60
+    for card in cards: minutes[MINUTES[_on_gpu(card)]] += card["training_seconds"] / 60
     return minutes
 
 # %% ../nbs/19_tables.ipynb #5a38ca7b
@@ -444,7 +446,6 @@ def card_line(
 ) -> dict:
     "The line of a run in a report: its card, in short, with the images and minutes of all its trainings."
     card, run = cards[0], cards[0]["run"]
-    seconds = sum(c["training_seconds"] for c in cards)
     return {
         "run": run["key"],
         "tested on": ", ".join(tests),
@@ -453,7 +454,7 @@ def card_line(
         "steps": run["steps"],
         "images": images_seen(cards),
         "tasks a step": run["tasks"] * run["regroupings"],
-        "training (min)": round(seconds / 60, 1),
+        "training (min)": minutes_text(minutes_of(cards)),
         "began from": ", ".join(c["run"]["key"] for c in cards[1:]),
         "seed": run["seed"],
         "number format": card.get("precision", UNKNOWN),
